@@ -1,0 +1,1 @@
+"""Deployment of trained pipelines: compilation, static-graph export and the inference runtime."""

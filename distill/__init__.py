@@ -1,0 +1,3 @@
+"""Distillation objectives and training."""
+
+import fast_diffusers  # noqa: F401  (sets CPU threads before paddle loads; must stay first)

@@ -1,0 +1,97 @@
+"""From a recipe's data section to the batches that objectives take."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from distill.config import DataConfig
+from distill.data import ImageBatches, LatentCache, Source, jsonl_log, open_source
+from distill.data.loader import Batches
+from fast_diffusers.conditioning import Cond
+
+PATH_ARGUMENT = {"mnist": "folder", "image_folder": "dir", "laion_list": "list_file", "parquet": "paths"}
+
+
+def open_data(config: DataConfig) -> Source:
+    """The data set of a recipe. UserError where it is missing, empty or of the wrong kind."""
+    settings: dict[str, Any] = {"kind": config.kind}
+    if config.path is not None and config.kind in PATH_ARGUMENT:
+        settings[PATH_ARGUMENT[config.kind]] = config.path
+    if config.kind in ("digits", "mnist"):
+        settings["split"] = config.split
+    if config.kind == "mnist":
+        settings |= {"download": config.download, "size": max(config.height, config.width)}
+    return open_source(settings)
+
+
+class Encoder:
+    """Images and prompts to latents and conditioning, through the frozen encoders of a pipeline.
+
+    Each distinct prompt is encoded once and kept, up to `max_prompts` of them.
+    """
+
+    def __init__(self, pipe: Any, guidance_scale: float, max_prompts: int = 4096):
+        self.pipe, self.guidance_scale, self.max_prompts = pipe, guidance_scale, max_prompts
+        self.table: Cond | None = None
+        self.row: dict[str, int] = {}
+
+    @paddle.no_grad()
+    def images(self, images: np.ndarray) -> paddle.Tensor:
+        """float32 [B, C, H, W] in [-1, 1] to latents, the mode of the encoder's posterior."""
+        return self.pipe.encode_images(paddle.to_tensor(images))
+
+    @paddle.no_grad()
+    def prompts(self, prompts: list[str]) -> Cond:
+        """One row a prompt."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.row]
+        if missing and len(self.row) + len(missing) > self.max_prompts:
+            self.table, self.row, missing = None, {}, list(dict.fromkeys(prompts))
+        if missing:
+            encoded = self.pipe.conditioning(missing)
+            self.row |= {prompt: len(self.row) + i for i, prompt in enumerate(missing)}
+            self.table = encoded if self.table is None else self.table.concat(encoded)
+        return self.table.mask([self.row[prompt] for prompt in prompts])
+
+    def batch(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """What a loader gives, images and prompts or cached latents and embeddings, as an objective's batch.
+
+        Returns `latents` [B, C, H, W], `cond`, `null_cond` (the empty prompt) and `guidance` [B], or None for a model
+        that does not embed its guidance.
+        """
+        if "latents" in raw:
+            latents = paddle.to_tensor(raw["latents"])
+            cond = Cond({name: paddle.to_tensor(value) for name, value in raw["cond"].items()})
+        else:
+            latents, cond = self.images(raw["images"]), self.prompts(raw["prompts"])
+        size = latents.shape[0]
+        embeds = self.pipe.transformer.config.guidance_embeds
+        return {
+            "latents": latents,
+            "cond": cond,
+            "null_cond": self.prompts([""]).expand(size),
+            "guidance": paddle.full([size], self.guidance_scale) if embeds else None,
+        }
+
+
+def open_batches(config: DataConfig, encoder: Encoder, channels: int, model: str, output_dir: Path) -> Batches:
+    """The images of the recipe, or their latents and embeddings on disk where the recipe names a cache folder.
+
+    Bad records are named in `output_dir`/bad_records.jsonl. `model` identifies the encoders in the cache's key.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    images = ImageBatches(
+        open_data(config),
+        config.height,
+        config.width,
+        channels,
+        max_bad_fraction=config.max_bad_fraction,
+        on_bad=jsonl_log(output_dir / "bad_records.jsonl"),
+    )
+    if config.cache is None:
+        return images
+    return LatentCache.build(
+        images, encoder.images, lambda prompts: encoder.prompts(list(prompts)), config.cache, encoder=model
+    )

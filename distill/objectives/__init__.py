@@ -1,0 +1,12 @@
+"""Objectives: pure functions of (roles, batch, draws) that return (loss, metrics).
+
+`batch` is a mapping with `latents` [B, C, H, W], `cond` and, where needed, `null_cond` and `guidance` [B]. Metrics are
+detached scalars on the device.
+"""
+
+from distill.objectives.adversarial import adversarial
+from distill.objectives.consistency import phased_consistency
+from distill.objectives.distribution_matching import distribution_matching, fake_score
+from distill.objectives.reflow import reflow
+
+__all__ = ["adversarial", "distribution_matching", "fake_score", "phased_consistency", "reflow"]

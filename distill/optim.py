@@ -1,0 +1,210 @@
+"""AdamW with its learning-rate schedule and gradient clipping, and weight averages, with exactly restorable state.
+
+State is keyed by parameter path, never by Paddle's automatic names, which depend on what else was built before. The
+learning rate, the average's decay and everything else that changes over time are pure functions of a step counter.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import paddle
+from paddle import Tensor
+
+from distill.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Rate of update `step` (from 0): linear warm-up to `config.lr`, then constant or down to 0 at `total_steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    match config.schedule:
+        case "cosine":
+            return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+        case "linear":
+            return config.lr * (1.0 - progress)
+        case _:
+            return config.lr
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm over all elements of all gradients, accumulated in float32; scalar, not yet synchronised."""
+    return paddle.stack([gradient.astype("float32").square().sum() for gradient in gradients]).sum().sqrt()
+
+
+class StepReport(NamedTuple):
+    """What an update did: gradient norm before clipping, whether it was finite (else nothing changed), and the rate."""
+
+    grad_norm: float
+    finite: bool
+    lr: float
+
+
+class AdamW:
+    """Decoupled-weight-decay Adam (Loshchilov and Hutter, 2019) over named parameters.
+
+    `inner` is the `paddle.optimizer.AdamW` underneath.
+
+    Args:
+        parameters: path -> float32 parameter, whatever the dtype of the frozen weights; the paths key the saved state.
+        config: hyper-parameters.
+        total_steps: number of updates after which a decaying schedule reaches 0.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, total_steps: int) -> None:
+        self.parameters = dict(parameters)
+        self.config = config
+        self.total_steps = total_steps
+        self.steps = 0
+        if not self.parameters:
+            raise ValueError("no parameters to optimise; check the adapter targets")
+        for path, parameter in self.parameters.items():
+            if parameter.dtype != paddle.float32:
+                raise ValueError(
+                    f"{path} is {str(parameter.dtype).removeprefix('paddle.')}; trained weights must be float32"
+                )
+        if len({parameter.name for parameter in self.parameters.values()}) < len(self.parameters):
+            raise ValueError("two parameters share a Paddle name (or are the same); Paddle would mix up their moments")
+        self.inner = paddle.optimizer.AdamW(
+            learning_rate=self.lr,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            epsilon=config.eps,
+            parameters=list(self.parameters.values()),
+            weight_decay=config.weight_decay,
+        )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        return learning_rate(self.config, self.steps, self.total_steps)
+
+    @paddle.no_grad()
+    def step(self) -> StepReport:
+        """Clip, update and count, with one host synchronisation. A non-finite gradient changes nothing but the count.
+
+        Returns:
+            A StepReport. The gradients are left for the caller to clear, and are clipped in place.
+        """
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        if not gradients:
+            raise ValueError("no parameter has a gradient; the loss does not depend on any of them")
+        norm, lr, limit = float(global_norm(gradients)), self.lr, self.config.grad_clip_norm
+        finite = math.isfinite(norm)
+        if finite:
+            if limit is not None and norm > limit:
+                for gradient in gradients:
+                    gradient.scale_(limit / norm)
+            self.inner.set_lr(lr)
+            self.inner.step()
+        self.steps += 1
+        return StepReport(norm, finite, lr)
+
+    def clear_grad(self) -> None:
+        """Drop all gradients."""
+        self.inner.clear_grad(set_to_zero=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state's own tensors: `<path>.moment1`, `.moment2`, `.beta1_pow` and `.beta2_pow`, float32."""
+        self.inner._create_accumulators(paddle.static.default_main_program().global_block(), self.inner._parameter_list)
+        return {
+            f"{path}.{key}": self.inner._get_accumulator(accumulator, parameter)
+            for path, parameter in self.parameters.items()
+            for key, accumulator in _ACCUMULATORS.items()
+        }
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors by path, JSON-able scalars)."""
+        return self.tensors(), {"steps": self.steps}
+
+    @paddle.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Restore exactly what `state_dict` gave; the parameters themselves are restored by their owner.
+
+        Raises:
+            ValueError: a tensor is missing, extra or misshapen; nothing has been changed then.
+        """
+        _copy_all(self.tensors(), tensors, "optimiser state")
+        self.steps = int(scalars["steps"])
+
+
+_ACCUMULATORS = {
+    "moment1": "moment1",
+    "moment2": "moment2",
+    "beta1_pow": "beta1_pow_acc",
+    "beta2_pow": "beta2_pow_acc",
+}
+
+
+def adamw(parameters: Mapping[str, Tensor], config: OptimizerConfig, total_steps: int) -> AdamW:
+    """The optimiser of a recipe section; see `AdamW`."""
+    return AdamW(parameters, config, total_steps)
+
+
+def ema_decay(step: int, decay: float, warmup: int) -> float:
+    """Decay of update `step` (from 0): (1 + step) / (1 + step + warmup), at most `decay`. Without warm-up: `decay`."""
+    return min(decay, (1 + step) / (1 + step + warmup))
+
+
+class EMA:
+    """Exponential moving average of named parameters, kept in float32.
+
+    Args:
+        parameters: path -> parameter; the average starts from their present values.
+        decay: in [0, 1).
+        warmup: length in updates of the period in which the average forgets faster; see `ema_decay`.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float, warmup: int = 10) -> None:
+        self.parameters = dict(parameters)
+        self.decay = decay
+        self.warmup = warmup
+        self.steps = 0
+        self.averages = {path: parameter.detach().astype("float32").clone() for path, parameter in parameters.items()}
+
+    @paddle.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the parameters, after an optimiser update."""
+        weight = paddle.full([], 1.0 - ema_decay(self.steps, self.decay, self.warmup))
+        for path, parameter in self.parameters.items():
+            self.averages[path].lerp_(parameter.astype("float32"), weight)
+        self.steps += 1
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within the context the parameters hold the averages; afterwards, whatever happens, exactly what they held."""
+        kept = {path: parameter.detach().clone() for path, parameter in self.parameters.items()}
+        with paddle.no_grad():
+            for path, parameter in self.parameters.items():
+                paddle.assign(self.averages[path].astype(parameter.dtype), parameter)
+        try:
+            yield
+        finally:
+            with paddle.no_grad():
+                for path, parameter in self.parameters.items():
+                    paddle.assign(kept[path], parameter)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(averages by path, JSON-able scalars). Not copies."""
+        return dict(self.averages), {"steps": self.steps}
+
+    @paddle.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Restore exactly what `state_dict` gave. ValueError as `AdamW.load_state_dict`."""
+        _copy_all(self.averages, tensors, "averaged weights")
+        self.steps = int(scalars["steps"])
+
+
+def _copy_all(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], what: str) -> None:
+    missing, extra = sorted(targets.keys() - sources.keys()), sorted(sources.keys() - targets.keys())
+    if missing or extra:
+        named = [f"{len(missing)} missing ({missing[0]}, …)"] if missing else []
+        named += [f"{len(extra)} unexpected ({extra[0]}, …)"] if extra else []
+        raise ValueError(f"{what} does not fit these parameters: {' and '.join(named)}")
+    for path, target in targets.items():
+        if list(sources[path].shape) != list(target.shape):
+            raise ValueError(f"{what}: {path} has shape {list(sources[path].shape)}, expected {list(target.shape)}")
+    for path, target in targets.items():
+        paddle.assign(sources[path].astype(target.dtype), target)

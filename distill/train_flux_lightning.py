@@ -1,0 +1,71 @@
+"""Distil a flow model into a few-step LoRA student: `python distill/train_flux_lightning.py [--recipe NAME]`.
+
+Without arguments: the small FLUX teacher of handwritten digits that ships with the project, in minutes on two cores.
+"""
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+
+from distill.batches import Encoder
+from distill.commands import SampleGrid, num_tokens, open_loader, reader, run, train_parser
+from distill.flux_lightning import STUDENT, FluxLightning, Recipe
+from distill.logs import plot_losses
+from distill.memory import describe_run
+from distill.recipe import load_recipe, to_dict, to_yaml
+from distill.trainer import Trainer
+from fast_diffusers import lora
+from fast_diffusers.pipelines.shipped import open_pipeline
+
+log = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, resume: bool = False) -> Path:
+    """Train the student of a recipe and save its LoRA file; returns the folder it is in."""
+    config, output = recipe.trainer, Path(recipe.trainer.output_dir)
+    pipe = open_pipeline(recipe.model.path, config.dtype)
+    tokens = num_tokens(pipe, recipe.data)
+    if config.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    encoder = Encoder(pipe, recipe.objective.guidance_scale)
+    method = FluxLightning(recipe, pipe, tokens)
+    average = method.averages.get(STUDENT)
+
+    grid_writer = SampleGrid(
+        pipe,
+        encoder,
+        recipe.data,
+        output / "samples",
+        steps=recipe.objective.num_phases,
+        prompts=list(config.sample_prompts),
+        grid=method.grid,
+    )
+
+    def sample(done: int) -> None:
+        with average.swapped() if average else nullcontext(), lora.active(pipe.transformer, STUDENT):
+            grid_writer(done)
+
+    with open_loader(pipe, recipe.data, config, encoder, recipe.model.path) as loader:
+        trainer = Trainer(config, method, reader(loader, encoder), sample=sample, recipe=to_dict(recipe))
+        trainer.fit(resume)
+    plot_losses(output / "metrics.jsonl", output / "losses.png")
+    with average.swapped() if average else nullcontext():
+        for layout in ("paddle", "diffusers"):
+            lora.save(pipe.transformer, output / "lora", STUDENT, layout)
+    log.info("the student's LoRA is in %s", output / "lora")
+    return output / "lora"
+
+
+def main(argv: list[str] | None) -> None:
+    """Command line."""
+    arguments = train_parser(__doc__, "flux_lightning_digits").parse_args(argv)
+    recipe = load_recipe(Recipe, arguments.recipe, arguments.set)
+    if arguments.dry_run:
+        print(to_yaml(recipe))
+        print(describe_run(recipe))
+        return
+    train(recipe, arguments.resume)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,165 @@
+"""Train a small FLUX teacher from scratch: `python distill/train_teacher.py [--recipe NAME]`.
+
+Flow matching with the guidance strength as an input. The result is a pipeline folder. Without arguments: the teacher of
+handwritten digits that ships with the project.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paddle
+
+from distill.batches import Encoder
+from distill.commands import SampleGrid, num_tokens, open_loader, reader, run, train_parser
+from distill.config import DataConfig, OptimizerConfig, TrainerConfig
+from distill.draws import Draws
+from distill.logs import plot_losses
+from distill.objectives.flow_matching import flow_matching
+from distill.optim import EMA, AdamW
+from distill.recipe import load_recipe, number, to_dict, to_yaml
+from distill.roles import Roles
+from distill.trainer import Batch, Loss, Trainer
+from fast_diffusers.models import FluxTransformer2DModel
+from fast_diffusers.pipelines import FluxLabelPipeline
+from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from fast_diffusers.time_grids import scheduler_mu
+
+log = logging.getLogger(__name__)
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """The transformer; the meaning of each entry is that of FLUX's config.json."""
+
+    num_layers: int = number(2, minimum=0, doc="double-stream blocks")
+    num_single_layers: int = number(2, minimum=0, doc="single-stream blocks")
+    num_attention_heads: int = number(2, minimum=1)
+    attention_head_dim: int = number(64, minimum=2)
+    axes_dims_rope: tuple[int, int, int] = number((8, 28, 28), minimum=0, doc="channels of a head by position axis")
+    channels: int = number(1, minimum=1, doc="of the image: 1 gray, 3 RGB")
+    num_classes: int = number(10, minimum=1, doc="labels")
+
+
+@dataclass(frozen=True)
+class FlowMatchingConfig:
+    """The objective; see `distill.objectives.flow_matching`."""
+
+    time_mean: float = number(0.0, doc="of the logit-normal times, before the shift")
+    time_std: float = number(1.0, above=0, doc="of the logit-normal times")
+    drop_rate: float = number(0.1, minimum=0, maximum=1, doc="fraction of conditions replaced by the empty prompt")
+    guided_rate: float = number(0.5, minimum=0, maximum=1, doc="fraction of rows that learn the guided velocity")
+    guided_from: int = number(0, minimum=0, doc="step from which they do")
+    guidance_range: tuple[float, float] = number((1.0, 5.0), minimum=0, doc="of the guidance strengths they learn")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of `train_teacher.py`."""
+
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    data: DataConfig = DataConfig()
+    objective: FlowMatchingConfig = FlowMatchingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+
+class FlowMatchingTeacher:
+    """The method for `distill.trainer.Trainer`. Its target network is the running average of the trained one."""
+
+    def __init__(self, recipe: Recipe, pipe: FluxLabelPipeline, mu: float):
+        if recipe.trainer.ema_decay is None:
+            raise ValueError("a teacher is the average of its weights: trainer.ema_decay must be set")
+        self.settings, self.mu = recipe.objective, mu
+        parameters = dict(pipe.transformer.named_parameters())
+        self.optimizers = {TEACHER: AdamW(parameters, recipe.optimizer, recipe.trainer.steps)}
+        self.average = EMA(parameters, recipe.trainer.ema_decay)
+        self.averages = {TEACHER: self.average}
+        self.roles = Roles(student=pipe.denoiser, teacher=None, target=self._averaged(pipe.denoiser))
+
+    def _averaged(self, denoiser: Any) -> Any:
+        def target(*arguments: Any, **settings: Any) -> paddle.Tensor:
+            with self.average.swapped():
+                return denoiser(*arguments, **settings)
+
+        return target
+
+    def turns(self, step: int) -> Sequence[str]:
+        """See `Method`."""
+        return [TEACHER]
+
+    def loss(self, player: str, batch: Batch, draws: Draws) -> Loss:
+        """See `Method`."""
+        s = self.settings
+        return flow_matching(
+            self.roles,
+            batch,
+            draws,
+            mu=self.mu,
+            time_mean=s.time_mean,
+            time_std=s.time_std,
+            drop_rate=s.drop_rate,
+            guided_rate=s.guided_rate if self.average.steps >= s.guided_from else 0.0,
+            guidance_range=s.guidance_range,
+        )
+
+
+def new_pipeline(recipe: Recipe) -> FluxLabelPipeline:
+    """The untrained pipeline of a recipe."""
+    paddle.seed(recipe.trainer.seed)
+    a = recipe.architecture
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * a.channels,
+        num_layers=a.num_layers,
+        num_single_layers=a.num_single_layers,
+        num_attention_heads=a.num_attention_heads,
+        attention_head_dim=a.attention_head_dim,
+        axes_dims_rope=a.axes_dims_rope,
+        joint_attention_dim=a.num_classes,
+        pooled_projection_dim=a.num_classes,
+        guidance_embeds=True,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return FluxLabelPipeline(scheduler, transformer, num_classes=a.num_classes, sample_size=recipe.data.height)
+
+
+def train(recipe: Recipe, resume: bool = False) -> Path:
+    """Train the teacher of a recipe and save it as a pipeline folder, which is returned."""
+    config, output = recipe.trainer, Path(recipe.trainer.output_dir)
+    pipe = new_pipeline(recipe)
+    mu = scheduler_mu(pipe.scheduler.config, num_tokens(pipe, recipe.data))
+    encoder = Encoder(pipe, guidance_scale=3.5)
+    method = FlowMatchingTeacher(recipe, pipe, mu)
+    prompts = list(config.sample_prompts)
+    grid = SampleGrid(pipe, encoder, recipe.data, output / "samples", steps=20, prompts=prompts, mu=mu)
+
+    def sample(done: int) -> None:
+        with method.average.swapped():
+            grid(done)
+
+    with open_loader(pipe, recipe.data, config, encoder, "pixels") as loader:
+        trainer = Trainer(config, method, reader(loader, encoder), sample=sample, recipe=to_dict(recipe))
+        trainer.fit(resume)
+    plot_losses(output / "metrics.jsonl", output / "losses.png")
+    with method.average.swapped():
+        pipe.save_pretrained(output / "pipeline", layout="diffusers")
+    log.info("the teacher is in %s", output / "pipeline")
+    return output / "pipeline"
+
+
+def main(argv: list[str] | None) -> None:
+    """Command line."""
+    arguments = train_parser(__doc__, "teacher_digits").parse_args(argv)
+    recipe = load_recipe(Recipe, arguments.recipe, arguments.set)
+    if arguments.dry_run:
+        count = sum(p.size for p in new_pipeline(recipe).transformer.parameters())
+        print(f"{to_yaml(recipe)}\n{count:,} trained parameters")
+        return
+    train(recipe, arguments.resume)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,232 @@
+"""The only file that patches or works around paddle, paddlenlp or ppdiffusers.
+
+`fast_diffusers/__init__.py` imports it before anything else. It imports paddle and ppdiffusers itself, because some
+settings must be made before paddle loads and the others once both have patched it. Every item states its reason and
+when it can go; tests/fast_diffusers/test_compat.py has a test for each.
+"""
+
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+import platform
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Number of CPU cores this process may use: its affinity mask, capped by its container's quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if quota_file.is_file():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, round(int(quota) / int(period))))
+    return cores
+
+
+def mkl_cpu_type(cpuinfo: str) -> str | None:
+    """The `MKL_DEBUG_CPU_TYPE` that suits the processor described by `cpuinfo` (text of /proc/cpuinfo).
+
+    "7" selects MKL's AVX-512 kernels, "5" its AVX2 ones; None leaves the choice to MKL, which is right on Intel.
+    """
+    fields = dict(map(str.strip, line.split(":", 1)) for line in cpuinfo.splitlines() if ":" in line)
+    flags = set(fields.get("flags", "").split())
+    if fields.get("vendor_id") not in ("AuthenticAMD", "HygonGenuine"):
+        return None
+    if {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        return "7"
+    return "5" if {"avx2", "fma"} <= flags else None
+
+
+def _select_gemm_kernels() -> None:
+    """Reason: Paddle's CPU wheel bundles MKL 2019.5, which gives every processor not made by Intel its SSE kernels.
+    On a Zen 5 core float32 GEMM runs at 45 GFLOP/s as installed, 120 with MKL's AVX2 kernels, 235 with its AVX-512
+    ones. MKL reads the variable at its first call. A value set by the user stays.
+    Remove when: the wheel bundles MKL 2020.1 or later (which ignores the variable).
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu_type = mkl_cpu_type(cpuinfo.read_text()) if _IS_X86 and cpuinfo.is_file() else None
+    if cpu_type is not None:
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", cpu_type)
+
+
+def openmp_threads() -> int | None:
+    """Threads that the wheel's OpenMP gives a parallel region of the calling thread; None if it has no Intel OpenMP."""
+    library = Path(paddle.__file__).parent / "libs" / "libiomp5.so"
+    return ctypes.CDLL(str(library)).omp_get_max_threads() if library.is_file() else None
+
+
+@contextlib.contextmanager
+def _cpu_threads() -> Iterator[None]:
+    """Reason: Paddle runs on one CPU thread unless OMP_NUM_THREADS says otherwise, and prints a two-line warning, about
+    builds with OpenBLAS, when it says more than one. The variable is hidden while paddle is imported and set before
+    OpenMP first reads it, so that every thread of the process gets it. Without a value from the user it is then
+    unset again: child processes choose for themselves. Wheels for other processors than x86 do use OpenBLAS, which
+    does not work with several threads: there nothing is changed.
+    Remove when: Paddle uses the machine's cores by default.
+    """
+    if not _IS_X86:
+        yield
+        return
+    late = "paddle" in sys.modules
+    chosen = os.environ.pop("OMP_NUM_THREADS", None)
+    if late and chosen == "1":
+        chosen = None  # what Paddle itself sets where there was nothing
+    yield
+    from paddle.base import core
+
+    os.environ["OMP_NUM_THREADS"] = chosen or str(usable_cores())
+    if chosen is None:
+        core.set_num_threads(usable_cores())  # starts OpenMP, which reads the variable
+        del os.environ["OMP_NUM_THREADS"]
+        if late and _in_new_thread(openmp_threads) not in (None, usable_cores()):
+            warnings.warn(
+                "paddle ran operators before fast_diffusers was imported: operators called from other threads use one "
+                "CPU core, and matrix products may be slow. Import fast_diffusers first.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _in_new_thread(function: Callable[[], Any]) -> Any:
+    result = []
+    thread = threading.Thread(target=lambda: result.append(function()))
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+@contextlib.contextmanager
+def _explained_failure() -> Iterator[None]:
+    """An import that fails because of a wrong version says which; ppdiffusers' own errors seldom do."""
+    try:
+        yield
+    except Exception as error:
+        from fast_diffusers import versions
+
+        problems = "; ".join(versions.problems())
+        if not problems:
+            raise
+        raise ImportError(
+            f"{type(error).__name__}: {error}. Likely cause: {problems}. Install the tested versions: "
+            "pip install -c constraints.txt -e ."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """Reason: importing paddle and ppdiffusers warns about things no user of this package can act on. Only these
+    messages, and only during these imports, are dropped.
+    Remove when: `python -c "import paddle, ppdiffusers"` prints nothing without ccache installed.
+    """
+    known = "No ccache found|Setuptools is replacing distutils|pkg_resources is deprecated"
+    warnings.filterwarnings("ignore", message=known)
+    added = warnings.filters[0]
+    try:
+        yield
+    finally:
+        warnings.filters.remove(added)
+
+
+@contextlib.contextmanager
+def _untouched_root_logger() -> Iterator[None]:
+    """Reason: paddle.distributed uses the root logger as its own: it attaches a handler and lowers the level to INFO,
+    so that `logging.basicConfig` does nothing afterwards and every library's INFO messages appear on stderr.
+    Remove when: `import paddle` leaves `logging.getLogger().handlers` as it was.
+    """
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def _supply_attention() -> None:
+    """Reason: ppdiffusers' attention processors call `F.scaled_dot_product_attention_`, which it defines only where the
+    memory-efficient attention kernel runs, that is on a GPU. Elsewhere Paddle's own attention takes its place.
+    Remove when: ppdiffusers defines it on CPU or calls `F.scaled_dot_product_attention`.
+    """
+    import paddle.nn.functional as F
+
+    if hasattr(F, "scaled_dot_product_attention_"):
+        return
+
+    def scaled_dot_product_attention_(
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        training=True,
+        attention_op=None,
+    ):
+        """Attention over [B, L, heads, dim]; `attn_mask` [B, heads, L, S] is added to the scores, or boolean."""
+        return F.scaled_dot_product_attention(
+            query, key, value, None if is_causal else attn_mask, dropout_p, is_causal, training, scale=scale
+        )
+
+    F.scaled_dot_product_attention_ = scaled_dot_product_attention_
+
+
+def is_eager_on_cpu(x: "paddle.Tensor") -> bool:
+    """Whether x is a dygraph tensor in host memory, rather than a traced one or one on a device."""
+    return paddle.in_dynamic_mode() and x.place.is_cpu_place()
+
+
+@functools.lru_cache(maxsize=16)
+def _rows_with_swapped_axes(batch: int, first: int, second: int) -> np.ndarray:
+    return np.arange(batch * first * second).reshape(batch, first, second).transpose(0, 2, 1).ravel().copy()
+
+
+def swap_middle_axes(x: "paddle.Tensor") -> "paddle.Tensor":
+    """`x.transpose([0, 2, 1, 3])`, [B, M, N, D] -> [B, N, M, D], at the speed of a memory copy.
+
+    Reason: in dygraph a transpose is a view, and the CPU kernel that later makes it contiguous goes element by element:
+    1.0 ms for 64 × 17 × 2 × 64 floats where gathering rows takes 0.014 ms. Attention makes four such views.
+    For eager CPU tensors only (`is_eager_on_cpu`): a traced program makes no views.
+    Remove when: `x.transpose([0, 2, 1, 3]).contiguous()` is about as fast as `x + 0` on CPU.
+    """
+    batch, first, second, size = x.shape
+    rows = paddle.to_tensor(_rows_with_swapped_axes(batch, first, second))
+    return paddle.gather(x.reshape([-1, size]), rows).reshape([batch, second, first, size])
+
+
+def replaced_functions() -> Iterator[types.FunctionType]:
+    """The Python functions that paddlenlp, ppdiffusers or this file put into paddle's namespaces."""
+    for namespace in (paddle, paddle.Tensor, paddle.nn, paddle.nn.functional):
+        for value in vars(namespace).values():
+            package = (getattr(value, "__module__", None) or "").split(".")[0]
+            if isinstance(value, types.FunctionType) and package in ("paddlenlp", "ppdiffusers", "fast_diffusers"):
+                yield value
+
+
+def _keep_replaced_functions_out_of_tracing() -> None:
+    """Reason: `to_static(full_graph=True)` hangs on a chained call of a replaced function, such as
+    `paddle.permute(x, 1, 0).reshape([-1])`: while it holds its conversion lock, the translator evaluates the call's
+    source text, which starts a conversion of the replaced function and waits for the same lock. Functions marked
+    `not_to_static` are called as they are, so their operators are still traced.
+    Remove when: `paddle.jit.dy2static` no longer evaluates call expressions under its lock.
+    """
+    for function in replaced_functions():
+        paddle.jit.not_to_static(function)
+
+
+_select_gemm_kernels()
+with _explained_failure(), _untouched_root_logger(), _quiet_imports():
+    with _cpu_threads():
+        import paddle
+    import ppdiffusers  # noqa: F401
+_supply_attention()
+_keep_replaced_functions_out_of_tracing()

@@ -1,0 +1,295 @@
+"""What all pipelines share: components on disk, argument checks, the denoising loop, image output."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import paddle
+from paddle import Tensor
+from ppdiffusers import DiffusionPipeline
+from ppdiffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+from fast_diffusers.conditioning import Cond
+from fast_diffusers.denoisers import Denoiser, denoiser_for
+from fast_diffusers.errors import UserError
+from fast_diffusers.pipelines.components import (
+    INDEX,
+    LAYOUTS,
+    index_entry,
+    load_component,
+    read_index,
+    save_component,
+    write_index,
+)
+from fast_diffusers.pipelines.lora_methods import LoRAMethods
+from fast_diffusers.random import AnyGenerator, randn
+from fast_diffusers.schedulers.base import FlowMatchScheduler
+from fast_diffusers.time_grids import scheduler_mu
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pd", "latent")
+Callback = Callable[["Pipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+class Pipeline(LoRAMethods, DiffusionPipeline):
+    """A ppdiffusers pipeline around a velocity model.
+
+    A subclass registers its components, whose types it gives in `component_types`, and says how to turn prompts into
+    conditioning and latents into images. `Pipeline.from_pretrained` opens a pipeline of any class.
+    """
+
+    component_types: ClassVar[Mapping[str, type]]
+    _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "pooled_prompt_embeds")
+
+    # ---- geometry and conversion, for subclasses to give -------------------------------------------------------------
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels C of the latents [B, C, H / pixels_per_latent, W / pixels_per_latent]."""
+        raise NotImplementedError
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Edge of the square of pixels that one latent stands for."""
+        raise NotImplementedError
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Edge of the square of pixels that one token of the transformer stands for; sizes are multiples of it."""
+        return 2 * self.pixels_per_latent
+
+    @property
+    def default_size(self) -> int:
+        """Height and width in pixels of an image when none is asked for."""
+        raise NotImplementedError
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to images [B, channels, H, W], float32, about [-1, 1] (not clipped)."""
+        raise NotImplementedError
+
+    def conditioning(self, prompts: Sequence[str]) -> Cond:
+        """What the denoiser needs to know of each prompt, one row each."""
+        raise NotImplementedError
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The transformer as a function of unpacked latents and time."""
+        return denoiser_for(self.transformer)
+
+    # ---- components --------------------------------------------------------------------------------------------------
+
+    def register_modules(self, **components: Any) -> None:
+        """Set the components, after checking their types; None is an absent one."""
+        for name, component in components.items():
+            if component is not None and not isinstance(component, self.component_types[name]):
+                raise UserError(
+                    f"{type(self).__name__}: {name} must be of class {self.component_types[name].__name__}, "
+                    f"got {type(component).__name__}"
+                )
+        super().register_modules(**components)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike, paddle_dtype: str | paddle.dtype | None = None, **components: Any
+    ) -> Self:
+        """Open a pipeline folder in our layout or in that of PyTorch diffusers.
+
+        Args:
+            directory: folder with model_index.json and one subfolder for each component.
+            paddle_dtype: dtype of the models; None is Paddle's default dtype, float32.
+            **components: components to use instead of the folder's, which is then not read; None leaves one out. A
+                pipeline's settings (`num_classes`, ...) can be replaced the same way.
+
+        Raises:
+            FileNotFoundError, UserError: something is missing, of the wrong class or unreadable.
+        """
+        directory = Path(directory)
+        index = read_index(directory)
+        cls = cls._class_named(index["_class_name"], directory)
+        settings = set(inspect.signature(cls.__init__).parameters) - {"self", *cls.component_types}
+        if unknown := set(components) - set(cls.component_types) - settings:
+            raise UserError(
+                f"{cls.__name__}.from_pretrained does not take {sorted(unknown)}; "
+                f"its components are {list(cls.component_types)}"
+            )
+        for name, entry in index.items():
+            if isinstance(entry, list) and entry[-1:] not in ([], [None]) and name not in cls.component_types:
+                logger.warning("%s has no part %r: the one in %s is not used", cls.__name__, name, directory)
+        arguments = {name: index[name] for name in settings if name in index} | components
+        for name in cls.component_types:
+            if name not in components:
+                if name not in index:
+                    raise UserError(f"{directory / INDEX} has no {name!r}; pass {name}= (None to do without it)")
+                arguments[name] = load_component(directory, name, index[name], paddle_dtype)
+        return cls(**arguments)
+
+    @classmethod
+    def _class_named(cls, name: str, directory: Path) -> type[Self]:
+        """The pipeline class of that name, which must be this one or derive from it."""
+        known = {each.__name__: each for each in (cls, *cls.__subclasses__()) if each is not Pipeline}
+        if name not in known:
+            raise UserError(f"{directory} holds a {name}, expected a pipeline of class {' or '.join(sorted(known))}")
+        return known[name]
+
+    def save_pretrained(self, directory: str | os.PathLike, layout: str = "paddle") -> None:
+        """Write a folder that `from_pretrained` opens, and PyTorch diffusers too if `layout` is "diffusers".
+
+        The weights are saved as they stand, with what `fuse_lora` added and without the adapters.
+        """
+        if layout not in LAYOUTS:
+            raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        components = {name: getattr(self, name) for name in self.component_types}
+        entries = {name: index_entry(component, layout) for name, component in components.items()}
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / INDEX).unlink(missing_ok=True)  # written last: a folder that has one is complete
+        for name, component in components.items():
+            if component is not None:
+                save_component(component, directory / name, layout)
+        names = set(inspect.signature(type(self).__init__).parameters) & set(self.config) - set(components)
+        write_index(directory, type(self).__name__, {name: self.config[name] for name in names} | entries)
+
+    # ---- generation --------------------------------------------------------------------------------------------------
+
+    @paddle.no_grad()
+    def _generate(
+        self,
+        encode: Callable[[], Cond],
+        num_prompts: int,
+        *,
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+        guidance_scale: float,
+        num_images_per_prompt: int,
+        generator: AnyGenerator | Sequence[AnyGenerator] | None,
+        latents: Tensor | None,
+        output_type: str,
+        return_dict: bool,
+        joint_attention_kwargs: Mapping[str, Any] | None,
+        callback_on_step_end: Callback | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> ImagePipelineOutput | tuple:
+        """From prompts to images: check, `encode` (called once, giving a row a prompt), denoise, decode.
+
+        The other arguments are those of a pipeline's call. Images of one prompt are neighbours in the output.
+        """
+        self._check_output(output_type)
+        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        for name, value in [
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ]:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise UserError(f"{name} must be a positive integer, got {value!r}")
+        batch = num_prompts * num_images_per_prompt
+        if isinstance(generator, list | tuple) and len(generator) != batch:
+            raise UserError(f"got {len(generator)} generators for {batch} images: pass one for each, or a single one")
+        shape = self._latent_shape(batch, height, width)
+        if latents is not None and list(latents.shape) != shape:
+            raise UserError(f"latents must have shape {shape} for this call, got {list(latents.shape)}")
+        self._set_timesteps(num_inference_steps, timesteps, sigmas, shape)
+        with self._lora_scale(joint_attention_kwargs):
+            cond = encode().repeat_interleave(num_images_per_prompt)
+            latents = randn(shape, generator) if latents is None else latents.astype("float32")
+            guidance = self._embedded_guidance(guidance_scale, batch)
+            latents = self._denoise(
+                latents, cond, guidance, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
+            )
+        images = self._to_output(latents, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        cond: Cond,
+        guidance: Tensor | None,
+        generator: AnyGenerator | Sequence[AnyGenerator] | None,
+        callback: Callback | None,
+        callback_inputs: Sequence[str],
+    ) -> Tensor:
+        """Run the scheduler's steps from `latents` to data, float32."""
+        scheduler, denoiser = self.scheduler, self.denoiser
+        # ppdiffusers' own schedulers know another kind of generator, which does nothing on CPU.
+        options = {"generator": generator} if isinstance(scheduler, FlowMatchScheduler) else {}
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        with self.progress_bar(total=scheduler.timesteps.shape[0]) as progress:
+            for i, timestep in enumerate(scheduler.timesteps):
+                t = timestep / scheduler.config.num_train_timesteps
+                velocity = denoiser(latents, t, cond, guidance=guidance)
+                latents = scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
+                if callback is not None:
+                    tensors = {"latents": latents, **cond}
+                    changed = callback(self, i, timestep, {name: tensors[name] for name in callback_inputs}) or {}
+                    latents = changed.get("latents", latents)
+                    cond = Cond({name: changed.get(name, tensor) for name, tensor in cond.items()})
+                progress.update()
+        return latents
+
+    def _embedded_guidance(self, scale: float, batch: int) -> Tensor | None:
+        """Guidance [batch] for a transformer that embeds it, else None."""
+        return paddle.full([batch], scale, dtype="float32") if self.transformer.config.guidance_embeds else None
+
+    def _set_timesteps(
+        self, steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, shape: Sequence[int]
+    ) -> None:
+        """Tell the scheduler what to visit for latents of `shape`."""
+        scheduler, accepted = self.scheduler, inspect.signature(self.scheduler.set_timesteps).parameters
+        custom = {k: v for k, v in {"timesteps": timesteps, "sigmas": sigmas}.items() if v is not None}
+        if len(custom) > 1:
+            raise UserError("pass timesteps or sigmas, not both")
+        for name in custom:
+            if name not in accepted:
+                raise UserError(f"{type(scheduler).__name__} does not take {name}: pass num_inference_steps instead")
+        options = custom or {"num_inference_steps": steps}
+        if scheduler.config.get("use_dynamic_shifting"):
+            latents_per_token = (self.pixels_per_token // self.pixels_per_latent) ** 2
+            options["mu"] = scheduler_mu(scheduler.config, shape[2] * shape[3] // latents_per_token)
+        scheduler.set_timesteps(**options)
+
+    def _latent_shape(self, batch: int, height: int | None, width: int | None) -> list[int]:
+        """[B, C, h, w] of images of that size in pixels."""
+        size = [self.default_size if edge is None else edge for edge in (height, width)]
+        multiple = self.pixels_per_token
+        for name, edge in zip(("height", "width"), size, strict=True):
+            if isinstance(edge, bool) or not isinstance(edge, Integral) or edge < 1 or edge % multiple:
+                raise UserError(f"{name} must be a positive multiple of {multiple}, got {edge!r}")
+        return [batch, self.latent_channels, *(edge // self.pixels_per_latent for edge in size)]
+
+    def _check_output(self, output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+
+    def _check_callback_inputs(self, names: Sequence[str]) -> None:
+        if unknown := set(names) - set(self._callback_tensor_inputs):
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs knows {list(self._callback_tensor_inputs)}, not {sorted(unknown)}"
+            )
+
+    def _to_output(self, latents: Tensor, output_type: str) -> Any:
+        """pil: list of PIL images; np: float32 [B, H, W, C] in [0, 1]; pd: tensor [B, C, H, W] in [0, 1]; latent."""
+        if output_type == "latent":
+            return latents
+        images = (self.decode_latents(latents) / 2 + 0.5).clip(0, 1)
+        if output_type == "pd":
+            return images
+        images = images.transpose([0, 2, 3, 1]).numpy()
+        return images if output_type == "np" else self.numpy_to_pil(images)
+
+
+def as_prompts(prompt: str | Sequence[str], what: str = "prompt") -> list[str]:
+    """A prompt or a list of prompts as a list."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise UserError(f"{what} must be a string or a non-empty list of strings, got {prompt!r:.80}")
+    return list(prompts)

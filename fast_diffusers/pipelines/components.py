@@ -1,0 +1,116 @@
+"""The parts of a pipeline on disk: model_index.json and one subfolder for each component."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from paddle import nn
+from ppdiffusers import SchedulerMixin
+
+from fast_diffusers.errors import UserError
+from fast_diffusers.models.checkpoint_io import read_json, write_text
+
+INDEX = "model_index.json"
+LAYOUTS = ("paddle", "diffusers")
+
+CLASSES: Mapping[str, tuple[str, str]] = {
+    "AutoencoderKL": ("fast_diffusers.models", "AutoencoderKL"),
+    "CLIPTextModel": ("fast_diffusers.text_encoders", "CLIPTextModel"),
+    "CLIPTokenizer": ("fast_diffusers.text_encoders", "CLIPTokenizer"),
+    "CLIPTokenizerFast": ("fast_diffusers.text_encoders", "CLIPTokenizer"),
+    "FlowMatchEulerDiscreteScheduler": ("fast_diffusers.schedulers", "FlowMatchEulerDiscreteScheduler"),
+    "FluxTransformer2DModel": ("fast_diffusers.models", "FluxTransformer2DModel"),
+    "PhasedConsistencyScheduler": ("fast_diffusers.schedulers", "PhasedConsistencyScheduler"),
+    "T5EncoderModel": ("fast_diffusers.text_encoders", "T5EncoderModel"),
+    "T5Tokenizer": ("fast_diffusers.text_encoders", "T5Tokenizer"),
+    "T5TokenizerFast": ("fast_diffusers.text_encoders", "T5Tokenizer"),
+}
+"""Our class (module, name) for each class name that a model_index.json may hold."""
+
+PYTORCH_NAMES: Mapping[str, tuple[str, str]] = {
+    "AutoencoderKL": ("diffusers", "AutoencoderKL"),
+    "CLIPTextModel": ("transformers", "CLIPTextModel"),
+    "CLIPTokenizer": ("transformers", "CLIPTokenizerFast"),
+    "FlowMatchEulerDiscreteScheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "FluxTransformer2DModel": ("diffusers", "FluxTransformer2DModel"),
+    "T5EncoderModel": ("transformers", "T5EncoderModel"),
+    "T5Tokenizer": ("transformers", "T5TokenizerFast"),
+}
+"""(library, class) in PyTorch of our classes that have a counterpart there, for the diffusers layout."""
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """The content of model_index.json.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        UserError: the file is not what it should be.
+    """
+    path = directory / INDEX
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a folder; pass a local one, checkpoints are not downloaded")
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} is not a pipeline: it has no {INDEX}")
+    index = read_json(path)
+    if not isinstance(index.get("_class_name"), str):
+        raise UserError(f"{path} does not describe a pipeline: it has no _class_name")
+    return index
+
+
+def write_index(directory: Path, class_name: str, entries: Mapping[str, Any]) -> None:
+    """Write model_index.json with the pipeline's settings and what `index_entry` says of its components."""
+    write_text(directory / INDEX, json.dumps({"_class_name": class_name, **entries}, indent=2, sort_keys=True) + "\n")
+
+
+def index_entry(component: object | None, layout: str) -> list[str | None]:
+    """What model_index.json says of a component: [library, class], or [null, null] for an absent one.
+
+    Raises:
+        UserError: the layout is diffusers', and PyTorch has no such class.
+    """
+    if component is None:
+        return [None, None]
+    name = type(component).__name__
+    if layout == "paddle":
+        return list(CLASSES.get(name, (type(component).__module__, name)))
+    if name not in PYTORCH_NAMES:
+        raise UserError(f"PyTorch diffusers has no {name}: save in the paddle layout, or replace it first")
+    return list(PYTORCH_NAMES[name])
+
+
+def load_component(directory: Path, name: str, entry: object, paddle_dtype: Any) -> Any:
+    """Load the component `name` from its subfolder with the class that model_index.json names in `entry`.
+
+    Raises:
+        FileNotFoundError: the subfolder or a file in it is missing.
+        UserError: the entry is malformed or names a class that is not supported.
+    """
+    if not (isinstance(entry, list) and len(entry) == 2):
+        raise UserError(f"{directory / INDEX}: {name!r} should be [library, class], not {entry!r}")
+    if entry[1] is None:
+        return None
+    if entry[1] not in CLASSES:
+        known = ", ".join(CLASSES)
+        raise UserError(
+            f"{directory / INDEX}: {name!r} is of class {entry[1]}, supported are {known}; pass {name}= yourself"
+        )
+    folder = directory / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{directory} has no folder {name!r} ({entry[1]}); pass {name}=None to do without it")
+    module, class_name = CLASSES[entry[1]]
+    cls = getattr(import_module(module), class_name)
+    if issubclass(cls, SchedulerMixin):
+        return cls.from_config(read_json(folder / cls.config_name))
+    return cls.from_pretrained(folder, **({"paddle_dtype": paddle_dtype} if issubclass(cls, nn.Layer) else {}))
+
+
+def save_component(component: Any, folder: Path, layout: str) -> None:
+    """Write a model, tokenizer or scheduler to its subfolder."""
+    if isinstance(component, SchedulerMixin):
+        component.save_config(str(folder), to_diffusers=layout == "diffusers")
+    else:
+        component.save_pretrained(folder, layout=layout)

@@ -1,0 +1,18 @@
+"""Pipelines by name or path: the one that ships with the project, or a folder."""
+
+from pathlib import Path
+from typing import Any
+
+from fast_diffusers.errors import UserError
+from fast_diffusers.pipelines.base import Pipeline
+
+SHIPPED = {"digits": Path(__file__).parents[1] / "assets" / "flux_digits"}
+"""Name to folder of the pipelines in the package."""
+
+
+def open_pipeline(name_or_path: str | Path, paddle_dtype: str | None = None, **components: Any) -> Pipeline:
+    """Open a shipped pipeline ("digits") or a pipeline folder; see `Pipeline.from_pretrained`."""
+    folder = SHIPPED.get(str(name_or_path), Path(name_or_path))
+    if not folder.is_dir():
+        raise UserError(f"model {name_or_path} is neither a pipeline folder nor one of: {', '.join(SHIPPED)}")
+    return Pipeline.from_pretrained(folder, paddle_dtype, **components)

@@ -1,0 +1,6 @@
+"""Few-step samplers: pure functions `sampler(velocity, noise, *, steps, ...) -> x0`."""
+
+from fast_diffusers.samplers.euler import euler
+from fast_diffusers.samplers.phased import phased
+
+__all__ = ["euler", "phased"]

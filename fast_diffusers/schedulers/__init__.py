@@ -1,0 +1,6 @@
+"""ppdiffusers schedulers over the step functions of `fast_diffusers.samplers`."""
+
+from fast_diffusers.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
+from fast_diffusers.schedulers.phased_consistency import PhasedConsistencyScheduler
+
+__all__ = ["FlowMatchEulerDiscreteScheduler", "PhasedConsistencyScheduler"]

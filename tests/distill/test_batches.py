@@ -1,0 +1,83 @@
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+
+from distill.batches import Encoder, open_batches, open_data
+from distill.config import DataConfig
+from distill.data import LatentCache
+from fast_diffusers.conditioning import Cond
+from fast_diffusers.errors import UserError
+
+
+class FakePipe:
+    """Embeds a prompt as its length and remembers what it was asked."""
+
+    def __init__(self, guidance_embeds=True):
+        self.transformer = SimpleNamespace(config=SimpleNamespace(guidance_embeds=guidance_embeds))
+        self.asked = []
+
+    def conditioning(self, prompts):
+        self.asked += prompts
+        return Cond(length=paddle.to_tensor([[float(len(prompt))] for prompt in prompts]))
+
+    def encode_images(self, images):
+        return images * 2
+
+
+def test_each_prompt_is_encoded_once():
+    pipe = FakePipe()
+    encoder = Encoder(pipe, 3.5)
+    assert encoder.prompts(["aa", "b", "aa"])["length"].flatten().tolist() == [2, 1, 2]
+    assert encoder.prompts(["b", "ccc"])["length"].flatten().tolist() == [1, 3]
+    assert pipe.asked == ["aa", "b", "ccc"]
+
+
+def test_prompts_are_forgotten_when_there_are_too_many():
+    pipe = FakePipe()
+    encoder = Encoder(pipe, 3.5, max_prompts=2)
+    for prompts in (["a", "bb"], ["ccc"], ["a"]):
+        assert encoder.prompts(prompts)["length"].flatten().tolist() == [len(p) for p in prompts]
+    assert pipe.asked == ["a", "bb", "ccc", "a"]
+
+
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+def test_batch_from_images(guidance_embeds):
+    images = np.ones((2, 1, 4, 4), "float32")
+    batch = Encoder(FakePipe(guidance_embeds), 3.5).batch({"images": images, "prompts": ["a", "bb"]})
+    assert float(batch["latents"].mean()) == 2
+    assert batch["cond"]["length"].flatten().tolist() == [1, 2]
+    assert batch["null_cond"]["length"].flatten().tolist() == [0, 0]
+    if guidance_embeds:
+        assert batch["guidance"].tolist() == [3.5, 3.5]
+    else:
+        assert batch["guidance"] is None
+
+
+def test_cached_latents_give_the_same_batches(tmp_path):
+    encoder = Encoder(FakePipe(), 3.5)
+    plain = open_batches(DataConfig(), encoder, 1, "fake", tmp_path)
+    cached = open_batches(DataConfig(cache=str(tmp_path / "cache")), encoder, 1, "fake", tmp_path)
+    assert isinstance(cached, LatentCache)
+    rows = np.array([5, 0, 7])
+    expected, actual = (encoder.batch(batches.fetch(rows)) for batches in (plain, cached))
+    np.testing.assert_array_equal(expected["latents"].numpy(), actual["latents"].numpy())
+    np.testing.assert_array_equal(expected["cond"]["length"].numpy(), actual["cond"]["length"].numpy())
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (DataConfig(kind="mnist", height=28, width=28), "name the folder that holds the four idx .gz files"),
+        (DataConfig(kind="image_folder"), "needs dir"),
+    ],
+)
+def test_missing_data_is_one_message(config, message):
+    with pytest.raises(UserError, match=message):
+        open_data(config)
+
+
+def test_empty_folder_is_one_message(tmp_path):
+    with pytest.raises(UserError, match="no image"):
+        open_data(DataConfig(kind="image_folder", path=str(tmp_path)))

@@ -1,0 +1,231 @@
+import math
+
+import numpy as np
+import paddle
+import pytest
+
+from distill.config import OptimizerConfig
+from distill.optim import EMA, adamw, ema_decay, learning_rate
+
+
+def parameters() -> dict[str, paddle.Tensor]:
+    rng = np.random.default_rng(0)
+    shapes = {"block.lora_A.weight": [4, 2], "block.lora_B.weight": [2, 4], "bias": [3]}
+    made = {name: paddle.create_parameter(shape, "float32") for name, shape in shapes.items()}
+    for parameter in made.values():
+        parameter.set_value(rng.standard_normal(parameter.shape).astype(np.float32))
+    return made
+
+
+def gradients(step: int, scale: float = 1.0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(100 + step)
+    return {
+        "block.lora_A.weight": (scale * rng.standard_normal([4, 2])).astype(np.float32),
+        "block.lora_B.weight": (scale * rng.standard_normal([2, 4])).astype(np.float32),
+        "bias": (scale * rng.standard_normal([3])).astype(np.float32),
+    }
+
+
+def train(optimizer, params, first: int, last: int, scale: float = 1.0):
+    reports = []
+    for step in range(first, last):
+        for name, gradient in gradients(step, scale).items():
+            params[name].grad = paddle.to_tensor(gradient)
+        reports.append(optimizer.step())
+        optimizer.clear_grad()
+    return reports
+
+
+CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.1, grad_clip_norm=1.5, schedule="cosine", warmup_steps=3)
+
+
+def reference(config: OptimizerConfig, total_steps: int, steps: int) -> dict[str, np.ndarray]:
+    """AdamW as in the paper (Algorithm 2), float64."""
+    b1, b2 = config.betas
+    values = {name: p.numpy().astype(np.float64) for name, p in parameters().items()}
+    m = {name: np.zeros_like(value) for name, value in values.items()}
+    v = {name: np.zeros_like(value) for name, value in values.items()}
+    for step in range(steps):
+        grads = {name: g.astype(np.float64) for name, g in gradients(step).items()}
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        clip = 1.0 if config.grad_clip_norm is None else min(1.0, config.grad_clip_norm / norm)
+        lr = learning_rate(config, step, total_steps)
+        for name, g in grads.items():
+            m[name] = b1 * m[name] + (1 - b1) * clip * g
+            v[name] = b2 * v[name] + (1 - b2) * (clip * g) ** 2
+            m_hat, v_hat = m[name] / (1 - b1 ** (step + 1)), v[name] / (1 - b2 ** (step + 1))
+            values[name] -= lr * (m_hat / (np.sqrt(v_hat) + config.eps) + config.weight_decay * values[name])
+    return values
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.999)])
+@pytest.mark.parametrize("clip", [None, 1.5])
+def test_adamw_equals_the_paper(betas, clip):
+    config = OptimizerConfig(**{**vars(CONFIG), "betas": betas, "grad_clip_norm": clip})
+    params = parameters()
+    train(adamw(params, config, 20), params, 0, 10)
+    for name, expected in reference(config, 20, 10).items():
+        np.testing.assert_allclose(params[name].numpy(), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_five_saved_and_five_more_steps_equal_ten_bitwise(schedule):
+    config = OptimizerConfig(**{**vars(CONFIG), "schedule": schedule})
+    whole = parameters()
+    reports = train(adamw(whole, config, 10), whole, 0, 10)
+
+    half = parameters()
+    optimizer = adamw(half, config, 10)
+    first = train(optimizer, half, 0, 5)
+    tensors, scalars = optimizer.state_dict()
+    saved = {key: tensor.numpy().copy() for key, tensor in tensors.items()}
+    weights = {name: p.numpy().copy() for name, p in half.items()}
+
+    resumed = parameters()  # other Paddle names than those of the run that saved
+    for name, value in weights.items():
+        resumed[name].set_value(paddle.to_tensor(value))
+    optimizer = adamw(resumed, config, 10)
+    optimizer.load_state_dict({key: paddle.to_tensor(value) for key, value in saved.items()}, scalars)
+    assert first + train(optimizer, resumed, 5, 10) == reports
+    for name in whole:
+        np.testing.assert_array_equal(resumed[name].numpy(), whole[name].numpy())
+
+
+def test_state_is_keyed_by_path():
+    params = parameters()
+    tensors, scalars = adamw(params, CONFIG, 10).state_dict()
+    keys = ("moment1", "moment2", "beta1_pow", "beta2_pow")
+    assert set(tensors) == {f"{name}.{key}" for name in params for key in keys}
+    assert scalars == {"steps": 0}
+
+
+def test_norm_is_reported_before_clipping_and_gradients_are_clipped():
+    params = parameters()
+    optimizer = adamw(params, CONFIG, 10)
+    for name, gradient in gradients(0, 100.0).items():
+        params[name].grad = paddle.to_tensor(gradient)
+    report = optimizer.step()
+    assert report.grad_norm == pytest.approx(
+        math.sqrt(sum((g**2).sum() for g in gradients(0, 100.0).values())), rel=1e-5
+    )
+    clipped = math.sqrt(sum((p.grad.numpy() ** 2).sum() for p in params.values()))
+    assert clipped == pytest.approx(CONFIG.grad_clip_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_gradient_changes_nothing(bad):
+    params = parameters()
+    optimizer = adamw(params, CONFIG, 10)
+    train(optimizer, params, 0, 2)
+    weights = {name: p.numpy().copy() for name, p in params.items()}
+    state = {key: tensor.numpy().copy() for key, tensor in optimizer.tensors().items()}
+    for name, gradient in gradients(2).items():
+        params[name].grad = paddle.to_tensor(gradient)
+    params["bias"].grad = paddle.to_tensor(np.array([1.0, bad, 0.0], np.float32))
+    assert not optimizer.step().finite
+    for name, value in weights.items():
+        np.testing.assert_array_equal(params[name].numpy(), value)
+    for key, value in state.items():
+        np.testing.assert_array_equal(optimizer.tensors()[key].numpy(), value)
+    assert optimizer.steps == 3
+
+
+def test_parameter_without_gradient_is_left_alone():
+    params = parameters()
+    optimizer = adamw(params, CONFIG, 10)
+    params["bias"].grad = paddle.ones([3])
+    before = params["block.lora_A.weight"].numpy().copy()
+    optimizer.step()
+    np.testing.assert_array_equal(params["block.lora_A.weight"].numpy(), before)
+
+
+def test_schedules():
+    cosine = OptimizerConfig(lr=2.0, schedule="cosine", warmup_steps=4)
+    assert [learning_rate(cosine, step, 104) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert learning_rate(cosine, 4, 104) == 2.0
+    assert learning_rate(cosine, 54, 104) == pytest.approx(1.0)
+    assert learning_rate(cosine, 104, 104) == pytest.approx(0.0)
+    assert learning_rate(cosine, 500, 104) == pytest.approx(0.0)
+    linear = OptimizerConfig(lr=2.0, schedule="linear")
+    assert learning_rate(linear, 25, 100) == pytest.approx(1.5)
+    constant = OptimizerConfig(lr=2.0)
+    assert {learning_rate(constant, step, 10) for step in range(20)} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("bias.moment1"), r"1 missing \(bias\.moment1"),
+        (lambda state: state.update(other=paddle.ones([1])), r"1 unexpected \(other"),
+        (
+            lambda state: state.update({"bias.moment2": paddle.ones([4])}),
+            r"bias\.moment2 has shape \[4\], expected \[3\]",
+        ),
+    ],
+)
+def test_unfitting_state_is_named_and_changes_nothing(change, message):
+    params = parameters()
+    optimizer = adamw(params, CONFIG, 10)
+    train(optimizer, params, 0, 1)
+    state = {key: paddle.zeros_like(tensor) for key, tensor in optimizer.tensors().items()}
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state, {"steps": 7})
+    assert optimizer.steps == 1
+    assert float(optimizer.tensors()["bias.moment1"].abs().sum()) > 0
+
+
+def test_unusable_parameters_are_errors():
+    with pytest.raises(ValueError, match="no parameters to optimise"):
+        adamw({}, CONFIG, 10)
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        adamw(parameters(), CONFIG, 10).step()
+    bias = parameters()["bias"]
+    with pytest.raises(ValueError, match="share a Paddle name"):
+        adamw({"a": bias, "b": bias}, CONFIG, 10)
+    with pytest.raises(ValueError, match="half is bfloat16; trained weights must be float32"):
+        adamw({"half": bias.astype("bfloat16")}, CONFIG, 10)
+
+
+def test_ema_is_the_recurrence_and_its_decay_a_function_of_the_step():
+    assert [ema_decay(step, 0.9, 0) for step in range(3)] == [0.9] * 3
+    assert ema_decay(0, 0.99, 9) == pytest.approx(0.1)
+    assert ema_decay(10**6, 0.99, 9) == 0.99
+    params = parameters()
+    ema, expected = EMA(params, 0.9, warmup=5), params["bias"].numpy().astype(np.float64)
+    for step in range(6):
+        params["bias"].set_value(np.full([3], step, np.float32))
+        ema.update()
+        decay = ema_decay(step, 0.9, 5)
+        expected = decay * expected + (1 - decay) * step
+    np.testing.assert_allclose(ema.averages["bias"].numpy(), expected, rtol=1e-5)
+
+
+def test_ema_swaps_in_and_out_exactly_also_on_errors():
+    params = parameters()
+    ema = EMA(params, 0.5, warmup=0)
+    start = params["bias"].numpy().copy()
+    params["bias"].set_value(start + 1)
+    ema.update()
+    with pytest.raises(KeyError), ema.swapped():
+        np.testing.assert_allclose(params["bias"].numpy(), start + 0.5, rtol=1e-6)
+        raise KeyError
+    np.testing.assert_array_equal(params["bias"].numpy(), start + 1)
+    assert not params["bias"].stop_gradient
+
+
+def test_ema_resumes_exactly():
+    def run(ema, params, first, last):
+        for step in range(first, last):
+            params["bias"].set_value(np.full([3], math.sin(step), np.float32))
+            ema.update()
+
+    params = parameters()
+    whole, half = EMA(params, 0.99), EMA(params, 0.99)
+    run(whole, params, 0, 10)
+    run(half, params, 0, 5)
+    tensors, scalars = half.state_dict()
+    resumed = EMA(parameters(), 0.99)
+    resumed.load_state_dict({key: tensor.clone() for key, tensor in tensors.items()}, scalars)
+    run(resumed, resumed.parameters, 5, 10)
+    np.testing.assert_array_equal(resumed.averages["bias"].numpy(), whole.averages["bias"].numpy())

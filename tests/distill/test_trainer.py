@@ -1,0 +1,127 @@
+"""The loop on a two-parameter regression."""
+
+import json
+
+import numpy as np
+import paddle
+import pytest
+
+from distill.checkpoint import latest_valid
+from distill.config import OptimizerConfig, TrainerConfig
+from distill.optim import EMA, AdamW
+from distill.trainer import NonFiniteError, Trainer, frozen
+from fast_diffusers.errors import UserError
+
+
+class Regression:
+    """Two players that take turns; the second one's loss also uses the first one's weights."""
+
+    def __init__(self, steps, poison_at=None):
+        self.weights = {
+            name: paddle.create_parameter([3], "float32", default_initializer=paddle.nn.initializer.Constant(0.1))
+            for name in ("first", "second")
+        }
+        config = OptimizerConfig(lr=0.05, schedule="cosine", warmup_steps=2)
+        self.optimizers = {name: AdamW({"w": w}, config, steps) for name, w in self.weights.items()}
+        self.averages = {"first": EMA({"w": self.weights["first"]}, 0.9)}
+        self.poison_at = poison_at
+
+    def turns(self, step):
+        return ["first"] if step % 2 == 0 else ["second", "first"]
+
+    def loss(self, player, batch, draws):
+        x = batch["x"] + draws.normal("noise", batch["x"].shape)
+        error = (x * self.weights[player]).sum(-1) - batch["y"]
+        if player == "second":
+            error = error + self.weights["first"].detach().sum()
+        term = (error**2).mean()
+        if self.poison_at == batch["step"]:
+            term = term * float("nan")
+        return term, {"fit": term.detach()}
+
+
+def read(step, micro_step, size=4):
+    rng = np.random.default_rng([step, micro_step])
+    x = paddle.to_tensor(rng.normal(size=(size, 3)).astype("float32"))
+    return {"x": x, "y": x.sum(-1), "step": step}
+
+
+def run(folder, steps, resume=False, method=None, **settings):
+    method = method or Regression(10)
+    defaults = {"checkpoint_every": 5, "log_every": 1, "sample_every": None, "output_dir": str(folder)}
+    config = TrainerConfig(steps=steps, **(defaults | settings))
+    trainer = Trainer(config, method, read, recipe={"steps": steps})
+    trainer.fit(resume)
+    return method, trainer
+
+
+def values(method):
+    averages, _ = method.averages["first"].state_dict()
+    return [w.numpy() for w in (*method.weights.values(), *averages.values())]
+
+
+def test_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(tmp_path):
+    whole, _ = run(tmp_path / "whole", 10)
+    run(tmp_path / "parts", 5)
+    continued, _ = run(tmp_path / "parts", 10, resume=True)
+    for expected, actual in zip(values(whole), values(continued), strict=True):
+        np.testing.assert_array_equal(expected, actual)
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert {"first_loss", "first_grad_norm", "first_lr", "fit", "steps_per_second"} <= lines[0].keys()
+
+
+def test_accumulation_averages_the_micro_steps(tmp_path):
+    method = Regression(10)
+    trainer = Trainer(TrainerConfig(steps=1, gradient_accumulation=2, output_dir=str(tmp_path)), method, read)
+    seen = {}
+    step = method.optimizers["first"].step
+    method.optimizers["first"].step = lambda: (seen.update(g=method.weights["first"].grad.numpy()), step())[1]
+    metrics = trainer.update(0)
+    from distill.draws import StepDraws
+
+    fresh, parts = Regression(10), []
+    for micro_step in range(2):
+        loss, _ = fresh.loss("first", read(0, micro_step), StepDraws(0, 0, micro_step))
+        loss.backward()
+        parts.append(float(loss))
+    np.testing.assert_allclose(seen["g"], fresh.weights["first"].grad.numpy() / 2, rtol=1e-6)
+    assert float(metrics["first_loss"]) == pytest.approx(np.mean(parts))
+
+
+def test_non_finite_loss_stops_names_the_term_and_keeps_the_checkpoint(tmp_path):
+    method = Regression(10, poison_at=7)
+    with pytest.raises(NonFiniteError, match=r"step 7, second: fit, second_loss not finite; stopped"):
+        run(tmp_path, 10, method=method)
+    assert latest_valid(tmp_path / "checkpoints").step == 5
+    assert all(np.isfinite(w).all() for w in values(method))
+
+
+def test_non_finite_loss_can_be_skipped_and_is_counted(tmp_path):
+    method, trainer = run(tmp_path, 10, method=Regression(10, poison_at=6), on_nonfinite="skip")
+    assert trainer.skipped == 1
+    assert all(np.isfinite(w).all() for w in values(method))
+
+
+def test_existing_run_is_not_overwritten(tmp_path):
+    run(tmp_path, 5)
+    with pytest.raises(UserError, match=r"already holds a run at step 5: continue it with --resume"):
+        run(tmp_path, 10)
+
+
+def test_resuming_another_model_is_refused(tmp_path):
+    run(tmp_path, 5)
+    method = Regression(10)
+    method.optimizers["first"].parameters = {"renamed": method.weights["first"]}
+    with pytest.raises(UserError, match=r"does not fit this recipe: 2 tensors are in only one of the two"):
+        run(tmp_path, 10, resume=True, method=method)
+
+
+def test_frozen_layers_collect_no_gradient():
+    layer = paddle.nn.Linear(2, 2)
+    x = paddle.ones([1, 2])
+    x.stop_gradient = False
+    with frozen(layer, None):
+        layer(x).sum().backward()
+    assert layer.weight.grad is None and x.grad is not None
+    assert not layer.weight.stop_gradient

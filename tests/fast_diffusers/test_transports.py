@@ -1,0 +1,101 @@
+import numpy as np
+import paddle
+import pytest
+
+from fast_diffusers.random import Generator, randn
+from fast_diffusers.transports import LinearPath, expand_time
+
+TIMES = paddle.to_tensor([0.0, 0.3, 1.0])
+
+
+@pytest.fixture
+def pair():
+    return randn([3, 2, 4, 4], Generator(0)), randn([3, 2, 4, 4], Generator(1))
+
+
+def test_expand_time_broadcasts_over_any_state():
+    assert expand_time(TIMES, paddle.zeros([3, 2, 4, 4])).shape == [3, 1, 1, 1]
+    assert expand_time(TIMES, paddle.zeros([3, 5])).shape == [3, 1]
+    assert expand_time(0.5, paddle.zeros([3, 5])).shape == [1, 1]
+    assert expand_time(TIMES, paddle.zeros([3, 5], dtype="bfloat16")).dtype == paddle.float32
+    assert expand_time(0.1, paddle.zeros([3, 5], dtype="float64")).item() == 0.1
+    with pytest.raises(ValueError, match=r"scalar or \[2\], got shape \[3\]"):
+        expand_time(TIMES, paddle.zeros([2, 4]))
+
+
+def test_path_and_its_inverses(pair):
+    x0, eps = pair
+    x, v = LinearPath.interpolate(x0, eps, TIMES), LinearPath.velocity_target(x0, eps)
+    assert paddle.equal_all(x[0], x0[0]) and paddle.equal_all(x[2], eps[2])
+    np.testing.assert_allclose(x[1].numpy(), (0.7 * x0[1] + 0.3 * eps[1]).numpy(), atol=1e-6)
+    np.testing.assert_allclose(LinearPath.x0_from_velocity(x, v, TIMES).numpy(), x0.numpy(), atol=1e-6)
+    np.testing.assert_allclose(LinearPath.noise_from_velocity(x, v, TIMES).numpy(), eps.numpy(), atol=1e-6)
+
+
+def test_velocity_is_the_time_derivative(pair):
+    x0, eps = (x.astype("float64") for x in pair)
+    slope = (LinearPath.interpolate(x0, eps, 0.4 + 1e-6) - LinearPath.interpolate(x0, eps, 0.4 - 1e-6)) / 2e-6
+    np.testing.assert_allclose(slope.numpy(), LinearPath.velocity_target(x0, eps).numpy(), atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computed"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")]
+)
+def test_precision(pair, dtype, computed):
+    x0, eps = (x.astype(dtype) for x in pair)
+    for made in (
+        LinearPath.interpolate(x0, eps, TIMES),
+        LinearPath.velocity_target(x0, eps),
+        LinearPath.x0_from_velocity(x0, eps, TIMES),
+        LinearPath.renoise(x0, TIMES * 0.5, TIMES, eps),
+    ):
+        assert made.dtype == getattr(paddle, computed)
+
+
+def coefficients(renoise, t_from, t_to) -> tuple[float, float]:
+    """Factors of the state and of the noise in a renoising, which is linear in both."""
+    one, zero = paddle.ones([1, 1], dtype="float64"), paddle.zeros([1, 1], dtype="float64")
+    return renoise(one, t_from, t_to, zero).item(), renoise(zero, t_from, t_to, one).item()
+
+
+@pytest.mark.parametrize(
+    ("t_from", "t_to"), [(0.0, 0.0), (0.0, 0.6), (0.513, 0.65), (0.3, 0.3), (0.2, 1.0), (0.999, 1.0)]
+)
+def test_renoised_state_has_the_marginal_of_the_path(t_from, t_to):
+    scale, std = coefficients(LinearPath.renoise, t_from, t_to)
+    assert scale * (1 - t_from) == pytest.approx(1 - t_to, abs=1e-12)
+    assert (scale * t_from) ** 2 + std**2 == pytest.approx(t_to**2, abs=1e-12)
+
+
+def test_renoising_by_sampling():
+    count = 200_000
+    x0 = 1.5
+    state = LinearPath.interpolate(paddle.full([count], x0), randn([count], Generator(0)), 0.513)
+    made = LinearPath.renoise(state, 0.513, 0.65, randn([count], Generator(1))).numpy()
+    assert made.mean() == pytest.approx(0.35 * x0, abs=4 * 0.65 / count**0.5)
+    assert made.std() == pytest.approx(0.65, abs=4 * 0.65 / (2 * count) ** 0.5)
+    published = LinearPath.renoise_published(state, 0.513, 0.65, randn([count], Generator(1))).numpy()
+    assert published.std() == pytest.approx(0.464, abs=0.004)
+
+
+def test_two_renoisings_are_one():
+    (s1, n1), (s2, n2) = coefficients(LinearPath.renoise, 0.2, 0.5), coefficients(LinearPath.renoise, 0.5, 0.8)
+    s, n = coefficients(LinearPath.renoise, 0.2, 0.8)
+    assert s1 * s2 == pytest.approx(s, abs=1e-12)
+    assert (s2 * n1) ** 2 + n2**2 == pytest.approx(n**2, abs=1e-12)
+
+
+def test_published_renoising():
+    scale, std = coefficients(LinearPath.renoise_published, 0.513, 0.65)
+    assert scale == pytest.approx(0.35 / 0.487) and std == pytest.approx((0.65 - 0.513) / 0.487)
+    assert ((scale * 0.513) ** 2 + std**2) ** 0.5 == pytest.approx(0.464, abs=5e-4)
+
+
+def test_renoising_edges(pair):
+    x, noise = pair
+    for t in (0.0, 0.7, 1.0):
+        assert paddle.equal_all(LinearPath.renoise(x, t, t, noise), x), "no step adds no noise"
+    assert paddle.isnan(LinearPath.renoise(x, 0.6, 0.5, noise)).all(), "noise cannot be taken away"
+    per_sample = LinearPath.renoise(x, TIMES * 0.5, TIMES * 0.8, noise)
+    alone = LinearPath.renoise(x[1:2], 0.15, 0.24, noise[1:2])
+    np.testing.assert_allclose(per_sample[1:2].numpy(), alone.numpy(), atol=1e-6)
