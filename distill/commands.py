@@ -14,8 +14,9 @@ import paddle
 from distill.batches import Encoder, open_batches
 from distill.config import DataConfig, TrainerConfig
 from distill.data import Loader
-from distill.logs import save_grid
-from distill.trainer import Batch
+from distill.logs import plot_losses, save_grid
+from distill.recipe import to_dict
+from distill.trainer import Batch, Method, Trainer
 from fast_diffusers.errors import UserError
 from fast_diffusers.samplers import euler, phased
 from fast_diffusers.time_grids import PhaseGrid
@@ -59,9 +60,21 @@ def open_loader(pipe: Any, data: DataConfig, trainer: TrainerConfig, encoder: En
     )
 
 
-def reader(loader: Loader, encoder: Encoder) -> Callable[[int, int], Batch]:
-    """`read(step, micro_step)` for the trainer."""
-    return lambda step, micro_step: encoder.batch(loader.batch(step, micro_step))
+def fit(
+    recipe: Any, method: Method, pipe: Any, encoder: Encoder, model: str, sample: Callable[[int], None], resume: bool
+) -> None:
+    """Train a method on its recipe's data (sections `data` and `trainer`) and plot the losses.
+
+    `model` identifies the encoders in the key of a latent cache; `sample` is called as `Trainer` says.
+    """
+    config = recipe.trainer
+    with open_loader(pipe, recipe.data, config, encoder, model) as loader:
+
+        def read(step: int, micro_step: int) -> Batch:
+            return encoder.batch(loader.batch(step, micro_step))
+
+        Trainer(config, method, read, sample=sample, recipe=to_dict(recipe)).fit(resume)
+    plot_losses(Path(config.output_dir) / "metrics.jsonl", Path(config.output_dir) / "losses.png")
 
 
 def num_tokens(pipe: Any, data: DataConfig) -> int:

@@ -8,12 +8,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from distill.batches import Encoder
-from distill.commands import SampleGrid, num_tokens, open_loader, reader, run, train_parser
+from distill.commands import SampleGrid, fit, num_tokens, run, train_parser
 from distill.flux_lightning import STUDENT, FluxLightning, Recipe
-from distill.logs import plot_losses
 from distill.memory import describe_run
-from distill.recipe import load_recipe, to_dict, to_yaml
-from distill.trainer import Trainer
+from distill.recipe import load_recipe, to_yaml
 from fast_diffusers import lora
 from fast_diffusers.pipelines.shipped import open_pipeline
 
@@ -45,10 +43,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         with average.swapped() if average else nullcontext(), lora.active(pipe.transformer, STUDENT):
             grid_writer(done)
 
-    with open_loader(pipe, recipe.data, config, encoder, recipe.model.path) as loader:
-        trainer = Trainer(config, method, reader(loader, encoder), sample=sample, recipe=to_dict(recipe))
-        trainer.fit(resume)
-    plot_losses(output / "metrics.jsonl", output / "losses.png")
+    fit(recipe, method, pipe, encoder, recipe.model.path, sample, resume)
     with average.swapped() if average else nullcontext():
         for layout in ("paddle", "diffusers"):
             lora.save(pipe.transformer, output / "lora", STUDENT, layout)

@@ -13,15 +13,14 @@ from typing import Any
 import paddle
 
 from distill.batches import Encoder
-from distill.commands import SampleGrid, num_tokens, open_loader, reader, run, train_parser
+from distill.commands import SampleGrid, fit, num_tokens, run, train_parser
 from distill.config import DataConfig, OptimizerConfig, TrainerConfig
 from distill.draws import Draws
-from distill.logs import plot_losses
 from distill.objectives.flow_matching import flow_matching
 from distill.optim import EMA, AdamW
-from distill.recipe import load_recipe, number, to_dict, to_yaml
+from distill.recipe import load_recipe, number, to_yaml
 from distill.roles import Roles
-from distill.trainer import Batch, Loss, Trainer
+from distill.trainer import Batch, Loss
 from fast_diffusers.models import FluxTransformer2DModel
 from fast_diffusers.pipelines import FluxLabelPipeline
 from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler
@@ -140,10 +139,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         with method.average.swapped():
             grid(done)
 
-    with open_loader(pipe, recipe.data, config, encoder, "pixels") as loader:
-        trainer = Trainer(config, method, reader(loader, encoder), sample=sample, recipe=to_dict(recipe))
-        trainer.fit(resume)
-    plot_losses(output / "metrics.jsonl", output / "losses.png")
+    fit(recipe, method, pipe, encoder, "pixels", sample, resume)
     with method.average.swapped():
         pipe.save_pretrained(output / "pipeline", layout="diffusers")
     log.info("the teacher is in %s", output / "pipeline")

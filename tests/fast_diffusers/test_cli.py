@@ -1,4 +1,5 @@
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,9 +12,7 @@ from PIL import Image
 from fast_diffusers import __version__, cli, doctor, lora
 from fast_diffusers.doctor import Finding
 from fast_diffusers.errors import UserError
-from fast_diffusers.models import FluxTransformer2DModel
-from fast_diffusers.pipelines import FluxLabelPipeline
-from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from fast_diffusers.pipelines.shipped import open_pipeline
 
 
 def run(*arguments: str) -> int:
@@ -122,25 +121,11 @@ def test_doctor_exit_code(monkeypatch, capsys, status, code):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
+def model(tiny_teacher, tmp_path_factory) -> str:
     """Folder of a random pipeline of 8x8 images, `pipe`, and of a LoRA for it, `lora`."""
-    paddle.seed(0)
-    transformer = FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        axes_dims_rope=(4, 6, 6),
-        joint_attention_dim=10,
-        pooled_projection_dim=10,
-        guidance_embeds=True,
-    )
-    for parameter in transformer.parameters():
-        parameter.set_value(0.1 * paddle.randn(parameter.shape))
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     folder = tmp_path_factory.mktemp("model")
-    FluxLabelPipeline(scheduler, transformer, num_classes=10, sample_size=8).save_pretrained(folder / "pipe")
+    shutil.copytree(tiny_teacher, folder / "pipe")
+    transformer = open_pipeline(tiny_teacher).transformer
     for parameter in lora.inject(transformer, rank=2, alpha=2, targets=["to_q"]):
         parameter.set_value(paddle.randn(parameter.shape))
     lora.save(transformer, folder / "lora", "default")
