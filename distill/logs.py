@@ -13,6 +13,9 @@ from PIL import Image
 from tqdm import tqdm
 
 
+_NOT_PLOTTED = ("_lr", "_grad_norm", "step", "steps_per_second", "skipped")
+
+
 class MetricsLog:
     """Appends one JSON object a line to a file; use as a context manager.
 
@@ -130,12 +133,12 @@ def plot_losses(metrics: str | Path, png: str | Path, names: Sequence[str] | Non
     Args:
         metrics: file of a `MetricsLog`.
         png: file to write.
-        names: which metrics; all that end in "loss" if None.
+        names: which metrics; if None, all but learning rates, gradient norms and counters.
     """
     from matplotlib.figure import Figure
 
     lines = read_metrics(metrics)
-    names = names or sorted({name for line in lines for name in line if name.endswith("loss")})
+    names = names or sorted({name for line in lines for name in line if not name.endswith(_NOT_PLOTTED)})
     if not names:
         raise ValueError(f"{metrics} has no losses to plot")
     columns = min(3, len(names))

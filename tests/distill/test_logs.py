@@ -101,11 +101,11 @@ def test_grid_needs_images(shape):
 def test_plot_shows_the_losses(tmp_path):
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         for step in range(1, 101):
-            log.write(step, {"student_loss": 1 / step if step != 50 else math.nan, "lr": 1.0})
+            log.write(step, {"student_loss": 1 / step if step != 50 else math.nan, "student_lr": 1.0})
             if step % 2:
                 log.write(step, {"discriminator_loss": 2.0})
     size = Image.open(plot_losses(log.path, tmp_path / "all.png")).size
-    one = Image.open(plot_losses(log.path, tmp_path / "one.png", ["lr"]))
+    one = Image.open(plot_losses(log.path, tmp_path / "one.png", ["student_lr"]))
     assert size[0] == 2 * one.size[0]
     assert len(np.unique(np.asarray(one))) > 10
 
