@@ -12,8 +12,7 @@ from paddle import Tensor
 from PIL import Image
 from tqdm import tqdm
 
-
-_NOT_PLOTTED = ("_lr", "_grad_norm", "step", "steps_per_second", "skipped")
+_NOT_PLOTTED = ("_lr", "_grad_norm", "step", "_per_second", "data_wait_fraction", "skipped")
 
 
 class MetricsLog:
