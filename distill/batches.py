@@ -1,6 +1,6 @@
 """From a recipe's data section to the batches that objectives take."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from distill.config import DataConfig
 from distill.data import ImageBatches, LatentCache, Source, jsonl_log, open_source
 from distill.data.loader import Batches
 from fast_diffusers.conditioning import Cond
+
+TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+"""Components that a pipeline needs for nothing but prompts."""
 
 PATH_ARGUMENT = {"mnist": "folder", "image_folder": "dir", "laion_list": "list_file", "parquet": "paths"}
 
@@ -30,10 +33,10 @@ def open_data(config: DataConfig) -> Source:
 class Encoder:
     """Images and prompts to latents and conditioning, through the frozen encoders of a pipeline.
 
-    Each distinct prompt is encoded once and kept, up to `max_prompts` of them.
+    Each distinct prompt is encoded once and kept, up to `max_prompts` of them (256 of FLUX.1's are 1 GiB in bfloat16).
     """
 
-    def __init__(self, pipe: Any, guidance_scale: float, max_prompts: int = 4096):
+    def __init__(self, pipe: Any, guidance_scale: float, max_prompts: int = 256):
         self.pipe, self.guidance_scale, self.max_prompts = pipe, guidance_scale, max_prompts
         self.table: Cond | None = None
         self.row: dict[str, int] = {}
@@ -54,6 +57,18 @@ class Encoder:
             self.row |= {prompt: len(self.row) + i for i, prompt in enumerate(missing)}
             self.table = encoded if self.table is None else self.table.concat(encoded)
         return self.table.mask([self.row[prompt] for prompt in prompts])
+
+    def release_text_encoders(self, keep_prompts: Sequence[str]) -> None:
+        """Keep the embeddings of `keep_prompts` and of the empty prompt, and drop the encoders from the pipeline.
+
+        The memory is free once nothing else refers to them. Other prompts are an error from now on.
+        """
+        prompts = list(dict.fromkeys(["", *keep_prompts]))
+        self.table, self.row, self.max_prompts = None, {}, len(prompts)
+        self.prompts(prompts)
+        present = [name for name in TEXT_PARTS if getattr(self.pipe, name, None) is not None]
+        if present:
+            self.pipe.register_modules(**dict.fromkeys(present))
 
     def batch(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """What a loader gives, images and prompts or cached latents and embeddings, as an objective's batch.
@@ -76,10 +91,18 @@ class Encoder:
         }
 
 
-def open_batches(config: DataConfig, encoder: Encoder, channels: int, model: str, output_dir: Path) -> Batches:
+def open_batches(
+    config: DataConfig,
+    encoder: Encoder,
+    channels: int,
+    model: str,
+    output_dir: Path,
+    keep_prompts: Sequence[str] | None = None,
+) -> Batches:
     """The images of the recipe, or their latents and embeddings on disk where the recipe names a cache folder.
 
-    Bad records are named in `output_dir`/bad_records.jsonl. `model` identifies the encoders in the cache's key.
+    Bad records are named in `output_dir`/bad_records.jsonl. `model` identifies the encoders in the cache's key. With a
+    cache and `keep_prompts`, the pipeline's text encoders are dropped; see `Encoder.release_text_encoders`.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     images = ImageBatches(
@@ -92,6 +115,9 @@ def open_batches(config: DataConfig, encoder: Encoder, channels: int, model: str
     )
     if config.cache is None:
         return images
-    return LatentCache.build(
+    cache = LatentCache.build(
         images, encoder.images, lambda prompts: encoder.prompts(list(prompts)), config.cache, encoder=model
     )
+    if keep_prompts is not None:
+        encoder.release_text_encoders(keep_prompts)
+    return cache

@@ -2,9 +2,8 @@
 
 import argparse
 import logging
-import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,11 @@ import paddle
 from distill.batches import Encoder, open_batches
 from distill.config import DataConfig, TrainerConfig
 from distill.data import Loader
+from distill.health import Health
 from distill.logs import plot_losses, save_grid
+from distill.parallel import World, main_first
 from distill.recipe import to_dict
+from distill.stopping import EXIT_CODE, Interrupted, StopRequest
 from distill.trainer import Batch, Method, Trainer
 from fast_diffusers.errors import UserError
 from fast_diffusers.samplers import euler, phased
@@ -24,7 +26,10 @@ from fast_diffusers.time_grids import PhaseGrid
 
 def train_parser(description: str, recipe: str) -> argparse.ArgumentParser:
     """--recipe, --set, --resume and --dry-run, the arguments of every training script."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"SIGTERM and SIGINT finish the running step, save a checkpoint and exit with code {EXIT_CODE}.",
+    )
     parser.add_argument("--recipe", default=recipe, help="YAML file, or the name of a shipped recipe (%(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: --set trainer.steps=100"
@@ -34,47 +39,77 @@ def train_parser(description: str, recipe: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(main: Callable[[list[str] | None], None]) -> None:
-    """Run a script's main: a user's mistake ends with one line and exit code 1, an interrupt with 130."""
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+    """Run a script's main on `argv`, by default the command line's.
+
+    A user's mistake ends with one line and exit code 1, SIGTERM and SIGINT with one and 75.
+
+    These signals end training after the running step, everything else at once; a second one kills.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        main(None)
-    except (UserError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    with StopRequest(raising=True):
+        try:
+            main(argv)
+        except (UserError, FileNotFoundError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(1)
+        except Interrupted as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(EXIT_CODE)
 
 
-def open_loader(pipe: Any, data: DataConfig, trainer: TrainerConfig, encoder: Encoder, model: str) -> Loader:
-    """The recipe's data behind a loader that reads ahead."""
+def open_loader(
+    pipe: Any, data: DataConfig, trainer: TrainerConfig, encoder: Encoder, model: str, world: World
+) -> Loader:
+    """This rank's part of the recipe's data behind a loader that reads ahead."""
     channels = pipe.latent_channels if pipe.pixels_per_latent == 1 else 3
-    batches = open_batches(data, encoder, channels, model, Path(trainer.output_dir))
+    with main_first(world):  # which downloads, and encodes the latent cache
+        keep = trainer.sample_prompts if trainer.sample_every else ()
+        batches = open_batches(data, encoder, channels, model, Path(trainer.output_dir), keep)
     return Loader(
         batches,
         trainer.batch_size,
         trainer.seed,
         micro_steps=trainer.gradient_accumulation,
+        rank=world.rank,
+        world=world.size,
         num_workers=data.num_workers,
     )
 
 
 def fit(
-    recipe: Any, method: Method, pipe: Any, encoder: Encoder, model: str, sample: Callable[[int], None], resume: bool
+    recipe: Any,
+    method: Method,
+    pipe: Any,
+    encoder: Encoder,
+    model: str,
+    sample: Callable[[int], Mapping[str, float] | None],
+    resume: bool,
+    world: World | None = None,
 ) -> None:
     """Train a method on its recipe's data (sections `data` and `trainer`) and plot the losses.
 
     `model` identifies the encoders in the key of a latent cache; `sample` is called as `Trainer` says.
     """
-    config = recipe.trainer
-    with open_loader(pipe, recipe.data, config, encoder, model) as loader:
+    config, world = recipe.trainer, world or World()
+    with open_loader(pipe, recipe.data, config, encoder, model, world) as loader:
 
         def read(step: int, micro_step: int) -> Batch:
             return encoder.batch(loader.batch(step, micro_step))
 
-        Trainer(config, method, read, sample=sample, recipe=to_dict(recipe)).fit(resume)
-    plot_losses(Path(config.output_dir) / "metrics.jsonl", Path(config.output_dir) / "losses.png")
+        trainer = Trainer(
+            config,
+            method,
+            read,
+            sample=sample,
+            recipe=to_dict(recipe),
+            world=world,
+            health=Health(config.health),
+            waited=lambda: loader.wait_seconds,
+        )
+        trainer.fit(resume)
+    if world.is_main:
+        plot_losses(Path(config.output_dir) / "metrics.jsonl", Path(config.output_dir) / "losses.png")
 
 
 def num_tokens(pipe: Any, data: DataConfig) -> int:
@@ -89,8 +124,11 @@ def num_tokens(pipe: Any, data: DataConfig) -> int:
 class SampleGrid:
     """Writes a grid of samples from fixed noise and prompts: call it with the steps done.
 
+    The call returns `sample_statistics` of the latents.
+
     Args:
         grid: sample with `phased` on these phases; None samples with Euler at shift `mu`.
+        write: False on the ranks that only measure.
     """
 
     def __init__(
@@ -105,15 +143,16 @@ class SampleGrid:
         mu: float = 0.0,
         grid: PhaseGrid | None = None,
         seed: int = 0,
+        write: bool = True,
     ):
         shape = [len(prompts), pipe.latent_channels]
         shape += [data.height // pipe.pixels_per_latent, data.width // pipe.pixels_per_latent]
         self.noise = paddle.to_tensor(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
         self.pipe, self.encoder, self.prompts, self.folder = pipe, encoder, prompts, folder
-        self.steps, self.mu, self.grid = steps, mu, grid
+        self.steps, self.mu, self.grid, self.write = steps, mu, grid, write
 
     @paddle.no_grad()
-    def __call__(self, done: int) -> None:
+    def __call__(self, done: int) -> dict[str, float]:
         denoiser, cond = self.pipe.denoiser, self.encoder.prompts(self.prompts)
         embeds = self.pipe.transformer.config.guidance_embeds
         guidance = self.encoder.guidance_scale if embeds else None
@@ -125,5 +164,25 @@ class SampleGrid:
             latents = euler(velocity, self.noise, steps=self.steps, mu=self.mu)
         else:
             latents = phased(velocity, self.noise, steps=self.steps, grid=self.grid)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_grid(self.pipe.decode_latents(latents), self.folder / f"step-{done:08d}.png", columns=10)
+        if self.write:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_grid(self.pipe.decode_latents(latents), self.folder / f"step-{done:08d}.png", columns=10)
+        return sample_statistics(latents, self.prompts)
+
+
+def sample_statistics(latents: paddle.Tensor, prompts: list[str]) -> dict[str, float]:
+    """What shows a collapse or drift of samples, [B, C, H, W] and a prompt each.
+
+    Returns:
+        `sample_mean` and `sample_std` over all elements, and `sample_diversity`, the root-mean-square deviation of a
+        sample from the mean of its prompt; where no prompt comes twice, from the mean of all.
+    """
+    values = latents.astype("float64").numpy()
+    labels = np.array(prompts if len(set(prompts)) < len(prompts) else [""] * len(prompts))
+    spread = [values[labels == label] - values[labels == label].mean(0) for label in dict.fromkeys(labels)]
+    deviations = np.concatenate([each for each in spread if len(each) > 1] or spread)
+    return {
+        "sample_mean": float(values.mean()),
+        "sample_std": float(values.std()),
+        "sample_diversity": float(np.sqrt((deviations**2).mean())),
+    }

@@ -15,8 +15,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with its learning-rate schedule and gradient clipping."""
+    """An optimiser with its learning-rate schedule and gradient clipping; see `distill.optim`."""
 
+    kind: Literal["adamw", "adafactor"] = entry(
+        "adamw", doc="adafactor: with a factored second moment, for less memory"
+    )
     lr: float = number(1e-4, minimum=0, doc="peak learning rate")
     betas: tuple[float, float] = number((0.9, 0.999), minimum=0, below=1, doc="decay of the first and second moment")
     eps: float = number(1e-8, above=0, doc="added to the root of the second moment")
@@ -57,6 +60,29 @@ class DataConfig:
     num_workers: int = number(1, minimum=0, doc="threads that prepare batches; 0: in the training thread")
 
 
+Action = Literal["warn", "stop", "ignore"]  # not "off": YAML reads that as false
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """Guards on the logged metrics; see `distill.health`. Lines are those of the log, `log_every` steps apart."""
+
+    on_loss_spike: Action = entry("warn", doc="when a player's loss is far above its running median")
+    spike_factor: float = number(5.0, above=1, doc="multiple of the median from which a loss is a spike")
+    spike_window: int = number(20, minimum=3, doc="values of the running median; guarded once there are so many")
+    on_discriminator_saturation: Action = entry("warn", doc="when the discriminator wins for long")
+    max_logit_gap: float = number(10.0, above=0, doc="of logit_real - logit_fake")
+    min_discriminator_loss: float = number(0.02, minimum=0, doc="its floor is 0")
+    patience: int = number(10, minimum=1, doc="lines running that count as long")
+    on_diversity_drop: Action = entry("warn", doc="when samples resemble each other")
+    min_diversity: float = number(0.5, minimum=0, maximum=1, doc="fraction of the reference of sample_diversity")
+    on_drift: Action = entry("warn", doc="when mean or spread of samples leaves its reference")
+    max_mean_drift: float = number(1.0, above=0, doc="of sample_mean, in reference standard deviations")
+    max_std_factor: float = number(2.0, above=1, doc="of sample_std to its reference, or of that to it")
+    reference: int = number(2, minimum=1, doc="first values of a sample metric whose median is its reference")
+    repeat_every: int = number(50, minimum=1, doc="lines before the same warning comes again")
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     """The loop around the objective."""
@@ -69,6 +95,7 @@ class TrainerConfig:
     gradient_checkpointing: bool = entry(False, doc="recompute block activations in the backward pass")
     seed: int = number(0, minimum=0, maximum=2**63 - 1, doc="of data order, draws and initial weights")
     on_nonfinite: Literal["stop", "skip"] = entry("stop", doc="when a loss or gradient is not finite")
+    health: HealthConfig = HealthConfig()
     output_dir: str = entry("outputs/train", doc="checkpoints, logs and samples")
     checkpoint_every: int = number(500, minimum=1, doc="steps between checkpoints")
     keep_last: int = number(2, minimum=1, doc="checkpoints kept")

@@ -8,6 +8,8 @@ row's samples instead, and would be zero for a student that follows the teacher'
 
 Writes metrics.json, table.txt and comparison.png. Digits and MNIST are measured in the features of a small classifier
 that ships with the project; other data needs --inception (FID) and can add --clip (CLIP score).
+
+On several devices: `python -m paddle.distributed.launch --nproc_per_node 2 distill/evaluate.py ...` splits the samples.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from distill.metrics.features import (
 )
 from distill.metrics.report import Report, Row, comparison_grid
 from distill.metrics.sampling import Sampler, SampleRunner, Samples, SampleSettings
+from distill.parallel import World, any_rank, init
 from distill.roles import AdapterRole
 from fast_diffusers.denoisers import Denoiser
 from fast_diffusers.errors import UserError
@@ -108,6 +111,7 @@ def compare(
     real: FeatureSet | None = None,
     clip: ClipScorer | None = None,
     cache: str | Path | None = None,
+    world: World | None = None,
 ) -> Comparison:
     """Sample teacher and student from the same noise and prompts, and measure both.
 
@@ -124,6 +128,7 @@ def compare(
         real: features of real images.
         clip: also report the CLIP score.
         cache: folder where the teacher's samples are kept and found again.
+        world: its ranks share the sampling; the result is the same on all, and so must be the arguments.
     """
     if len(set(steps)) != len(steps) or not steps or min(*steps, reference_steps) < 1:
         raise UserError(f"step counts must be different positive integers, got {list(steps)} and {reference_steps}")
@@ -132,7 +137,7 @@ def compare(
     if student is not None and student_sampler is None and max(steps) > num_cells:
         raise UserError(f"{max(steps)} steps, but the student's grid has {num_cells} cells")
     settings = settings or SampleSettings()
-    runner = SampleRunner(pipe, prompts, extractor, settings, clip)
+    runner = SampleRunner(pipe, prompts, extractor, settings, clip, world)
     labels = class_labels(runner.prompts)
     if labels is not None and settings.num_samples < 2 * len(set(prompts)):
         raise UserError(f"num_samples must be at least two for each of the {len(set(prompts))} labels")
@@ -185,14 +190,16 @@ def _sample_all(runner: SampleRunner, runs: Sequence[_Run], cache: Path | None) 
         for each in runs
     ]
     found = [Samples.load(path) if path is not None and path.is_file() else None for path in paths]
-    calls = sum(each.steps for each, sample in zip(runs, found, strict=True) if sample is None)
-    # a bar on a terminal only
-    with tqdm(total=calls * runner.settings.num_samples, unit="call", unit_scale=True, disable=None) as progress:
+    found = [None if any_rank(sample is None, runner.world) else sample for sample in found]
+    steps = sum(each.steps for each, sample in zip(runs, found, strict=True) if sample is None)
+    calls = steps * len(runner.world.share(runner.settings.num_samples))
+    off = None if runner.world.is_main else True  # None: a bar on a terminal only
+    with tqdm(total=calls, unit="call", unit_scale=True, disable=off) as progress:
         for index, (each, path) in enumerate(zip(runs, paths, strict=True)):
             if found[index] is None:
                 progress.set_description(f"{each.role}, {each.steps} steps")
                 found[index] = runner.run(each.denoiser, each.sampler, each.steps, each.seed, progress)
-                if path is not None:
+                if path is not None and runner.world.is_main:
                     found[index].save(path)
     return found
 
@@ -277,7 +284,7 @@ def read_prompts(path: Path | None, pipe: Pipeline) -> list[str]:
 
 def main(argv: list[str] | None) -> None:
     """Evaluate from the command line; mistakes of the user raise UserError or FileNotFoundError."""
-    arguments = parse_arguments(argv)
+    arguments, world = parse_arguments(argv), init()
     extractor = choose_extractor(arguments.data, arguments.inception)
     clip = ClipScorer(arguments.clip) if arguments.clip else None
     pipe = open_pipeline(arguments.model, arguments.dtype)
@@ -304,10 +311,12 @@ def main(argv: list[str] | None) -> None:
         real=real,
         clip=clip,
         cache=arguments.cache,
+        world=world,
     )
-    comparison.write(arguments.output)
-    print(comparison.report.table())
-    print(f"written to {arguments.output}")
+    if world.is_main:
+        comparison.write(arguments.output)
+        print(comparison.report.table())
+        print(f"written to {arguments.output}")
 
 
 if __name__ == "__main__":

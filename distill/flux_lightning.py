@@ -11,7 +11,7 @@ from distill.discriminators import PatchDiscriminator
 from distill.draws import Draws
 from distill.objectives import adversarial, distribution_matching, fake_score, phased_consistency, reflow
 from distill.objectives.phases import student_jump
-from distill.optim import EMA, AdamW
+from distill.optim import EMA, make_optimizer
 from distill.recipe import entry, number
 from distill.roles import Roles, adapter_roles
 from distill.trainer import Batch, Loss, frozen
@@ -79,12 +79,16 @@ class FluxLightning:
         if self.settings.adversarial_weight > 0:
             taps = self.settings.taps
             paddle.seed(seed)
-            self.discriminator = PatchDiscriminator(denoiser.feature_channels, len(taps) if taps else denoiser.num_taps)
+            self.discriminator = PatchDiscriminator(
+                denoiser.feature_channels,
+                len(taps) if taps else denoiser.num_taps,
+                checkpointing=recipe.trainer.gradient_checkpointing,
+            )
             heads = dict(self.discriminator.named_parameters())
             players["discriminator"] = heads, recipe.discriminator_optimizer, (recipe.trainer.steps + 1) // 2
         updates = recipe.trainer.steps // 2 if self.discriminator else recipe.trainer.steps
         players[STUDENT] = self._inject(recipe.lora, STUDENT, seed), recipe.student_optimizer, max(1, updates)
-        self.optimizers = {name: AdamW(*each) for name, each in players.items()}
+        self.optimizers = {name: make_optimizer(*each) for name, each in players.items()}
         decay = recipe.trainer.ema_decay
         self.averages = {} if decay is None else {STUDENT: EMA(self.optimizers[STUDENT].parameters, decay)}
         self.roles: Roles = adapter_roles(

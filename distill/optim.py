@@ -1,11 +1,12 @@
-"""AdamW with its learning-rate schedule and gradient clipping, and weight averages, with exactly restorable state.
+"""Optimisers with learning-rate schedule and gradient clipping, and weight averages, with exactly restorable state.
 
 State is keyed by parameter path, never by Paddle's automatic names, which depend on what else was built before. The
 learning rate, the average's decay and everything else that changes over time are pure functions of a step counter.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,10 +43,8 @@ class StepReport(NamedTuple):
     lr: float
 
 
-class AdamW:
-    """Decoupled-weight-decay Adam (Loshchilov and Hutter, 2019) over named parameters.
-
-    `inner` is the `paddle.optimizer.AdamW` underneath.
+class Optimizer(ABC):
+    """Schedule, clipping and checks of the optimisers; a subclass has the update rule and its state.
 
     Args:
         parameters: path -> float32 parameter, whatever the dtype of the frozen weights; the paths key the saved state.
@@ -65,16 +64,6 @@ class AdamW:
                 raise ValueError(
                     f"{path} is {str(parameter.dtype).removeprefix('paddle.')}; trained weights must be float32"
                 )
-        if len({parameter.name for parameter in self.parameters.values()}) < len(self.parameters):
-            raise ValueError("two parameters share a Paddle name (or are the same); Paddle would mix up their moments")
-        self.inner = paddle.optimizer.AdamW(
-            learning_rate=self.lr,
-            beta1=config.betas[0],
-            beta2=config.betas[1],
-            epsilon=config.eps,
-            parameters=list(self.parameters.values()),
-            weight_decay=config.weight_decay,
-        )
 
     @property
     def lr(self) -> float:
@@ -97,23 +86,22 @@ class AdamW:
             if limit is not None and norm > limit:
                 for gradient in gradients:
                     gradient.scale_(limit / norm)
-            self.inner.set_lr(lr)
-            self.inner.step()
+            self._update(lr)
         self.steps += 1
         return StepReport(norm, finite, lr)
 
+    @abstractmethod
+    def _update(self, lr: float) -> None:
+        """Move every parameter that has a gradient; called without recording."""
+
     def clear_grad(self) -> None:
         """Drop all gradients."""
-        self.inner.clear_grad(set_to_zero=False)
+        for parameter in self.parameters.values():
+            parameter.clear_gradient(set_to_zero=False)
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The state's own tensors: `<path>.moment1`, `.moment2`, `.beta1_pow` and `.beta2_pow`, float32."""
-        self.inner._create_accumulators(paddle.static.default_main_program().global_block(), self.inner._parameter_list)
-        return {
-            f"{path}.{key}": self.inner._get_accumulator(accumulator, parameter)
-            for path, parameter in self.parameters.items()
-            for key, accumulator in _ACCUMULATORS.items()
-        }
+        """The state's own tensors, float32, as `<path>.<name>`."""
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors by path, JSON-able scalars)."""
@@ -130,6 +118,40 @@ class AdamW:
         self.steps = int(scalars["steps"])
 
 
+class AdamW(Optimizer):
+    """Decoupled-weight-decay Adam (Loshchilov and Hutter, 2019) over named parameters.
+
+    State: `<path>.moment1`, `.moment2`, `.beta1_pow` and `.beta2_pow`. `inner` is the `paddle.optimizer.AdamW`
+    underneath.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, total_steps: int) -> None:
+        super().__init__(parameters, config, total_steps)
+        if len({parameter.name for parameter in self.parameters.values()}) < len(self.parameters):
+            raise ValueError("two parameters share a Paddle name (or are the same); Paddle would mix up their moments")
+        self.inner = paddle.optimizer.AdamW(
+            learning_rate=self.lr,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            epsilon=config.eps,
+            parameters=list(self.parameters.values()),
+            weight_decay=config.weight_decay,
+        )
+
+    def _update(self, lr: float) -> None:
+        self.inner.set_lr(lr)
+        self.inner.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Optimizer`."""
+        self.inner._create_accumulators(paddle.static.default_main_program().global_block(), self.inner._parameter_list)
+        return {
+            f"{path}.{key}": self.inner._get_accumulator(accumulator, parameter)
+            for path, parameter in self.parameters.items()
+            for key, accumulator in _ACCUMULATORS.items()
+        }
+
+
 _ACCUMULATORS = {
     "moment1": "moment1",
     "moment2": "moment2",
@@ -138,9 +160,76 @@ _ACCUMULATORS = {
 }
 
 
-def adamw(parameters: Mapping[str, Tensor], config: OptimizerConfig, total_steps: int) -> AdamW:
-    """The optimiser of a recipe section; see `AdamW`."""
-    return AdamW(parameters, config, total_steps)
+class Adafactor(Optimizer):
+    """Adam with a factored second moment (Shazeer and Stern, 2018, algorithm 2) and AdamW's decoupled weight decay.
+
+    Of a matrix's squared gradients only the running means over rows and columns are kept; their outer product over
+    their common mean stands for the second moment. A tensor of more dimensions is a matrix of its first one by all
+    others; vectors keep theirs whole. State: `<path>.rows` and `.columns`, or `.moment2`; `.moment1` unless betas[0] is
+    0; and `.updates`, their number. See `adafactor_state` for the shapes.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, total_steps: int) -> None:
+        super().__init__(parameters, config, total_steps)
+        self._state = {
+            path: {name: paddle.zeros(shape) for name, shape in adafactor_state(parameter.shape, config).items()}
+            for path, parameter in self.parameters.items()
+        }
+
+    def _update(self, lr: float) -> None:
+        (beta1, beta2), eps, decay = self.config.betas, self.config.eps, self.config.weight_decay
+        for path, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            state, gradient = self._state[path], parameter.grad
+            state["updates"].add_(paddle.ones([1]))
+            variance = _second_moment(state, gradient, 1.0 - beta2) / (1.0 - beta2 ** state["updates"])
+            if beta1:
+                state["moment1"].lerp_(gradient, paddle.full([], 1.0 - beta1))
+                gradient = state["moment1"] / (1.0 - beta1 ** state["updates"])
+            step = gradient / (variance.sqrt() + eps)
+            paddle.assign(parameter * (1.0 - lr * decay) - lr * step, parameter)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Optimizer`."""
+        return {f"{path}.{name}": tensor for path, state in self._state.items() for name, tensor in state.items()}
+
+
+def adafactor_state(shape: Sequence[int], config: OptimizerConfig) -> dict[str, list[int]]:
+    """Shapes of the tensors that `Adafactor` keeps for a parameter of this shape, by name."""
+    shape = list(shape)
+    factored = {"rows": [shape[0], 1], "columns": [1, math.prod(shape[1:])]} if len(shape) > 1 else {"moment2": shape}
+    return factored | ({"moment1": shape} if config.betas[0] else {}) | {"updates": [1]}
+
+
+def _second_moment(state: Mapping[str, Tensor], gradient: Tensor, weight: float) -> Tensor:
+    """Move the running means towards the squared gradient; returns what they stand for, in the gradient's shape."""
+    squared, weight = gradient.square(), paddle.full([], weight)
+    if "moment2" in state:
+        return state["moment2"].lerp_(squared, weight)
+    rows, columns = state["rows"], state["columns"]
+    squared = squared.reshape([rows.shape[0], columns.shape[1]])
+    rows.lerp_(squared.mean(axis=1, keepdim=True), weight)
+    columns.lerp_(squared.mean(axis=0, keepdim=True), weight)
+    # All gradients so far may be zero: then the rows are zero too, whatever they are divided by.
+    return (rows / rows.mean().clip(min=_TINY) * columns).reshape(gradient.shape)
+
+
+_TINY = 1e-38  # near the smallest normal float32
+
+OPTIMIZERS = {"adamw": AdamW, "adafactor": Adafactor}
+
+
+def make_optimizer(parameters: Mapping[str, Tensor], config: OptimizerConfig, total_steps: int) -> Optimizer:
+    """The optimiser of a recipe section, by its `kind`."""
+    return OPTIMIZERS[config.kind](parameters, config, total_steps)
+
+
+def state_values(shape: Sequence[int], config: OptimizerConfig) -> int:
+    """Number of float32 values that the optimiser of a recipe section keeps for a parameter of this shape."""
+    if config.kind == "adamw":
+        return 2 * math.prod(shape)
+    return sum(map(math.prod, adafactor_state(shape, config).values()))
 
 
 def ema_decay(step: int, decay: float, warmup: int) -> float:

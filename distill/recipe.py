@@ -155,6 +155,8 @@ def _number(kind: type, value: Any, where: str, path: tuple[str, ...], bounds: M
     for name, (holds, words) in _BOUNDS.items():
         if name in bounds and not holds(parsed, bounds[name]):
             raise _wrong(where, path, value, f"{expected} {words} {bounds[name]}")
+    if kind is int and abs(parsed) >= 2**63:
+        raise _wrong(where, path, value, f"{expected} of 64 bits")
     return parsed
 
 
@@ -231,7 +233,7 @@ def load_recipe(
         merged = _merge(merged, layer)
     for override in overrides:
         layer = _override(override)
-        check_keys(cls, layer, f"--set {override}")
+        check_keys(cls, layer, f"--set {_one_line(override)}")
         merged = _merge(merged, layer)
     return build(cls, merged, path.name)
 
@@ -240,10 +242,11 @@ def find_recipe(path_or_name: str | Path, folder: Path = RECIPES) -> Path:
     """The recipe file meant: an existing path, or a name in `folder`. UserError listing the names there otherwise."""
     candidates = [Path(path_or_name), folder / path_or_name, folder / f"{path_or_name}.yaml"]
     for candidate in candidates:
-        if candidate.is_file():
+        if _is_file(candidate):
             return candidate
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
-    raise UserError(f"recipe {path_or_name} not found: give a YAML file, or one of the recipes in {folder}: {names}")
+    missing = _one_line(str(path_or_name))
+    raise UserError(f"recipe {missing} not found: give a YAML file, or one of the recipes in {folder}: {names}")
 
 
 def _layers(path: Path, folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -268,14 +271,25 @@ def _layers(path: Path, folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not isinstance(base, str):
             raise UserError(f"{path}: base is {base!r}; expected the file name of another recipe")
         sibling = path.parent / base
-        path = sibling if sibling.is_file() else find_recipe(base, folder)
+        path = sibling if _is_file(sibling) else find_recipe(base, folder)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long
+        return False
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {override}: expected section.key=value")
-    value = _parse(text.encode(), f"--set {override}")
+        raise UserError(f"--set {_one_line(override)}: expected section.key=value")
+    value = _parse(text.encode(errors="surrogateescape"), f"--set {_one_line(override)}")
     for name in reversed(key.strip().split(".")):
         value = {name: value}
     return value

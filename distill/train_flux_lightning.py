@@ -1,6 +1,7 @@
 """Distil a flow model into a few-step LoRA student: `python distill/train_flux_lightning.py [--recipe NAME]`.
 
 Without arguments: the small FLUX teacher of handwritten digits that ships with the project, in minutes on two cores.
+On several devices: `python -m paddle.distributed.launch --nproc_per_node 2 distill/train_flux_lightning.py`.
 """
 
 import logging
@@ -11,6 +12,7 @@ from distill.batches import Encoder
 from distill.commands import SampleGrid, fit, num_tokens, run, train_parser
 from distill.flux_lightning import STUDENT, FluxLightning, Recipe
 from distill.memory import describe_run
+from distill.parallel import World, barrier, init
 from distill.recipe import load_recipe, to_yaml
 from fast_diffusers import lora
 from fast_diffusers.pipelines.shipped import open_pipeline
@@ -18,8 +20,9 @@ from fast_diffusers.pipelines.shipped import open_pipeline
 log = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool = False, world: World | None = None) -> Path:
     """Train the student of a recipe and save its LoRA file; returns the folder it is in."""
+    world = world or World()
     config, output = recipe.trainer, Path(recipe.trainer.output_dir)
     pipe = open_pipeline(recipe.model.path, config.dtype)
     tokens = num_tokens(pipe, recipe.data)
@@ -37,17 +40,20 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         steps=recipe.objective.num_phases,
         prompts=list(config.sample_prompts),
         grid=method.grid,
+        write=world.is_main,
     )
 
-    def sample(done: int) -> None:
+    def sample(done: int) -> dict[str, float]:
         with average.swapped() if average else nullcontext(), lora.active(pipe.transformer, STUDENT):
-            grid_writer(done)
+            return grid_writer(done)
 
-    fit(recipe, method, pipe, encoder, recipe.model.path, sample, resume)
-    with average.swapped() if average else nullcontext():
-        for layout in ("paddle", "diffusers"):
-            lora.save(pipe.transformer, output / "lora", STUDENT, layout)
-    log.info("the student's LoRA is in %s", output / "lora")
+    fit(recipe, method, pipe, encoder, recipe.model.path, sample, resume, world)
+    if world.is_main:
+        with average.swapped() if average else nullcontext():
+            for layout in ("paddle", "diffusers"):
+                lora.save(pipe.transformer, output / "lora", STUDENT, layout)
+        log.info("the student's LoRA is in %s", output / "lora")
+    barrier(world)
     return output / "lora"
 
 
@@ -59,7 +65,7 @@ def main(argv: list[str] | None) -> None:
         print(to_yaml(recipe))
         print(describe_run(recipe))
         return
-    train(recipe, arguments.resume)
+    train(recipe, arguments.resume, init())
 
 
 if __name__ == "__main__":

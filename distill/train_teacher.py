@@ -16,11 +16,14 @@ from distill.batches import Encoder
 from distill.commands import SampleGrid, fit, num_tokens, run, train_parser
 from distill.config import DataConfig, OptimizerConfig, TrainerConfig
 from distill.draws import Draws
+from distill.memory import flux_parameters
 from distill.objectives.flow_matching import flow_matching
-from distill.optim import EMA, AdamW
+from distill.optim import EMA, make_optimizer
+from distill.parallel import World, barrier, init
 from distill.recipe import load_recipe, number, to_yaml
 from distill.roles import Roles
 from distill.trainer import Batch, Loss
+from fast_diffusers.errors import UserError
 from fast_diffusers.models import FluxTransformer2DModel
 from fast_diffusers.pipelines import FluxLabelPipeline
 from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler
@@ -41,6 +44,27 @@ class ArchitectureConfig:
     axes_dims_rope: tuple[int, int, int] = number((8, 28, 28), minimum=0, doc="channels of a head by position axis")
     channels: int = number(1, minimum=1, doc="of the image: 1 gray, 3 RGB")
     num_classes: int = number(10, minimum=1, doc="labels")
+
+    def __post_init__(self) -> None:
+        if sum(self.axes_dims_rope) != self.attention_head_dim or any(size % 2 for size in self.axes_dims_rope):
+            raise ValueError(
+                f"axes_dims_rope {list(self.axes_dims_rope)} must be even and sum to attention_head_dim, "
+                f"{self.attention_head_dim}"
+            )
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Arguments of `FluxTransformer2DModel`."""
+        return {
+            "in_channels": 4 * self.channels,
+            "num_layers": self.num_layers,
+            "num_single_layers": self.num_single_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "attention_head_dim": self.attention_head_dim,
+            "axes_dims_rope": self.axes_dims_rope,
+            "joint_attention_dim": self.num_classes,
+            "pooled_projection_dim": self.num_classes,
+            "guidance_embeds": True,
+        }
 
 
 @dataclass(frozen=True)
@@ -71,10 +95,10 @@ class FlowMatchingTeacher:
 
     def __init__(self, recipe: Recipe, pipe: FluxLabelPipeline, mu: float):
         if recipe.trainer.ema_decay is None:
-            raise ValueError("a teacher is the average of its weights: trainer.ema_decay must be set")
+            raise UserError("a teacher is the average of its weights: set trainer.ema_decay (0.999 is usual)")
         self.settings, self.mu = recipe.objective, mu
         parameters = dict(pipe.transformer.named_parameters())
-        self.optimizers = {TEACHER: AdamW(parameters, recipe.optimizer, recipe.trainer.steps)}
+        self.optimizers = {TEACHER: make_optimizer(parameters, recipe.optimizer, recipe.trainer.steps)}
         self.average = EMA(parameters, recipe.trainer.ema_decay)
         self.averages = {TEACHER: self.average}
         self.roles = Roles(student=pipe.denoiser, teacher=None, target=self._averaged(pipe.denoiser))
@@ -109,40 +133,34 @@ class FlowMatchingTeacher:
 def new_pipeline(recipe: Recipe) -> FluxLabelPipeline:
     """The untrained pipeline of a recipe."""
     paddle.seed(recipe.trainer.seed)
-    a = recipe.architecture
-    transformer = FluxTransformer2DModel(
-        in_channels=4 * a.channels,
-        num_layers=a.num_layers,
-        num_single_layers=a.num_single_layers,
-        num_attention_heads=a.num_attention_heads,
-        attention_head_dim=a.attention_head_dim,
-        axes_dims_rope=a.axes_dims_rope,
-        joint_attention_dim=a.num_classes,
-        pooled_projection_dim=a.num_classes,
-        guidance_embeds=True,
-    )
+    transformer = FluxTransformer2DModel(**recipe.architecture.transformer_config())
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    return FluxLabelPipeline(scheduler, transformer, num_classes=a.num_classes, sample_size=recipe.data.height)
+    classes = recipe.architecture.num_classes
+    return FluxLabelPipeline(scheduler, transformer, num_classes=classes, sample_size=recipe.data.height)
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool = False, world: World | None = None) -> Path:
     """Train the teacher of a recipe and save it as a pipeline folder, which is returned."""
+    world = world or World()
     config, output = recipe.trainer, Path(recipe.trainer.output_dir)
     pipe = new_pipeline(recipe)
     mu = scheduler_mu(pipe.scheduler.config, num_tokens(pipe, recipe.data))
     encoder = Encoder(pipe, guidance_scale=3.5)
     method = FlowMatchingTeacher(recipe, pipe, mu)
     prompts = list(config.sample_prompts)
-    grid = SampleGrid(pipe, encoder, recipe.data, output / "samples", steps=20, prompts=prompts, mu=mu)
+    folder = output / "samples"
+    grid = SampleGrid(pipe, encoder, recipe.data, folder, steps=20, prompts=prompts, mu=mu, write=world.is_main)
 
-    def sample(done: int) -> None:
+    def sample(done: int) -> dict[str, float]:
         with method.average.swapped():
-            grid(done)
+            return grid(done)
 
-    fit(recipe, method, pipe, encoder, "pixels", sample, resume)
-    with method.average.swapped():
-        pipe.save_pretrained(output / "pipeline", layout="diffusers")
-    log.info("the teacher is in %s", output / "pipeline")
+    fit(recipe, method, pipe, encoder, "pixels", sample, resume, world)
+    if world.is_main:
+        with method.average.swapped():
+            pipe.save_pretrained(output / "pipeline", layout="diffusers")
+        log.info("the teacher is in %s", output / "pipeline")
+    barrier(world)
     return output / "pipeline"
 
 
@@ -151,10 +169,10 @@ def main(argv: list[str] | None) -> None:
     arguments = train_parser(__doc__, "teacher_digits").parse_args(argv)
     recipe = load_recipe(Recipe, arguments.recipe, arguments.set)
     if arguments.dry_run:
-        count = sum(p.size for p in new_pipeline(recipe).transformer.parameters())
+        count = flux_parameters(recipe.architecture.transformer_config())
         print(f"{to_yaml(recipe)}\n{count:,} trained parameters")
         return
-    train(recipe, arguments.resume)
+    train(recipe, arguments.resume, init())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +14,18 @@ from paddle import nn
 from distill.checkpoint import CheckpointWriter, latest_valid
 from distill.config import TrainerConfig
 from distill.draws import Draws, StepDraws
+from distill.health import Health, UnhealthyError
 from distill.logs import MetricsLog, progress
-from distill.optim import EMA, AdamW
+from distill.optim import EMA, Optimizer
+from distill.parallel import (
+    World,
+    any_rank,
+    average_gradients,
+    average_values,
+    barrier,
+    broadcast_parameters,
+)
+from distill.stopping import Interrupted, StopRequest
 from fast_diffusers.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,7 +37,7 @@ Loss = tuple[paddle.Tensor, dict[str, paddle.Tensor]]
 class Method(Protocol):
     """What is trained, and how. A player is a set of parameters with an optimiser of its own."""
 
-    optimizers: Mapping[str, AdamW]
+    optimizers: Mapping[str, Optimizer]
     averages: Mapping[str, EMA]
 
     def turns(self, step: int) -> Sequence[str]:
@@ -58,9 +68,13 @@ class Trainer:
     """Runs a method from its last checkpoint, or from the start, to `config.steps`.
 
     Args:
-        read: `read(step, micro_step)` gives the batch of these counters, whatever was read before.
-        sample: called with the steps done every `config.sample_every` steps, under the averaged weights if there are.
+        read: `read(step, micro_step)` gives this rank's batch of these counters, whatever was read before.
+        sample: called with the steps done every `config.sample_every` steps, on every rank; the numbers that it
+            returns are logged.
         recipe: the resolved recipe, stored in every checkpoint.
+        world: gradients and metrics are averaged over its ranks; only rank 0 writes.
+        health: sees the metrics of every line of the log; its state is part of the checkpoints.
+        waited: total seconds that `read` has waited for data.
     """
 
     def __init__(
@@ -69,46 +83,90 @@ class Trainer:
         method: Method,
         read: Callable[[int, int], Batch],
         *,
-        sample: Callable[[int], None] | None = None,
+        sample: Callable[[int], Mapping[str, float] | None] | None = None,
         recipe: Mapping[str, Any] | None = None,
+        world: World | None = None,
+        health: Health | None = None,
+        waited: Callable[[], float] = lambda: 0.0,
     ):
         self.config, self.method, self.read, self.sample = config, method, read, sample
         self.recipe = dict(recipe or {})
+        self.world, self.health, self.waited = world or World(), health, waited
         self.folder = Path(config.output_dir)
         self.skipped = 0
 
     def fit(self, resume: bool = False) -> None:
         """Train. `resume` continues from the newest whole checkpoint in the output folder, if there is one.
 
+        SIGTERM and SIGINT, on any rank, finish the running step and save a checkpoint.
+
         Raises:
             NonFiniteError: naming the step, the player and the terms; the last checkpoint is untouched.
+            UnhealthyError: a guard of `health` says to stop.
             UserError: the folder already holds a run and `resume` is False, or no checkpoint in it is usable.
+            Interrupted: a signal came; the checkpoint is on disk.
         """
         start = self._start(resume)
+        with StopRequest() as request:
+            try:
+                done = self._train(start, request)
+            except (NonFiniteError, UnhealthyError):  # which all ranks raise
+                barrier(self.world)  # the launcher ends all with the first, and rank 0 may have been writing
+                raise
+            barrier(self.world)
+        if done < self.config.steps:
+            name = request.name or "a signal to another process"
+            raise Interrupted(f"stopped by {name} after step {done}, which is saved; continue with --resume")
+
+    def _train(self, start: int, request: StopRequest) -> int:
+        """The loop; returns the steps done, with everything on disk."""
+        config, main = self.config, self.world.is_main
         with (
-            CheckpointWriter(self.folder / "checkpoints", self.config.keep_last) as writer,
-            MetricsLog(self.folder / "metrics.jsonl", start, visualdl=self.config.visualdl) as metrics_log,
-            progress(self.config.steps, start) as bar,
+            CheckpointWriter(self.folder / "checkpoints", config.keep_last) if main else nullcontext() as writer,
+            MetricsLog(self.folder / "metrics.jsonl", start, visualdl=config.visualdl, enabled=main) as metrics_log,
+            progress(config.steps, start, enabled=main) as bar,
         ):
-            logged = time.perf_counter(), start
+            rates = self._rates(start)
             metrics: dict[str, Any] = {}  # the newest of every player, since players may take turns
-            for step in range(start, self.config.steps):
+            done = start
+            for step in range(start, config.steps):
                 metrics |= self.update(step)
                 done = step + 1
-                last = done == self.config.steps
-                if last or done % self.config.log_every == 0:
+                last = done == config.steps
+                if self.sample and config.sample_every and (last or done % config.sample_every == 0):
+                    metrics |= self.sample(done) or {}
+                if last or done % config.log_every == 0:
                     values = self._to_floats(step, metrics)
                     metrics.clear()
-                    now = time.perf_counter()
-                    rate = (done - logged[1]) / (now - logged[0])
-                    logged = now, done
-                    metrics_log.write(done, {**values, "steps_per_second": rate, "skipped": self.skipped})
+                    metrics_log.write(done, {**values, **rates(done), "skipped": self.skipped})
                     bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.endswith("loss")})
+                    for warning in self.health.observe(done, values) if self.health else ():
+                        log.warning("%s", warning)
                 bar.update()
-                if last or done % self.config.checkpoint_every == 0:
+                stop = any_rank(request.name is not None, self.world)
+                if main and (stop or last or done % config.checkpoint_every == 0):
                     writer.save(done, *self.state(), recipe=self.recipe)
-                if self.sample and self.config.sample_every and (last or done % self.config.sample_every == 0):
-                    self.sample(done)
+                if stop:
+                    break
+        return done
+
+    def _rates(self, start: int) -> Callable[[int], dict[str, float]]:
+        """A function of the steps done: the speed since it was last called, on all ranks together."""
+        images_per_step = self.config.batch_size * self.config.gradient_accumulation * self.world.size
+        before = start, time.perf_counter(), self.waited()
+
+        def rates(done: int) -> dict[str, float]:
+            nonlocal before
+            now = done, time.perf_counter(), self.waited()
+            steps, seconds, waiting = (new - old for new, old in zip(now, before, strict=True))
+            before = now
+            return {
+                "steps_per_second": steps / seconds,
+                "images_per_second": steps * images_per_step / seconds,
+                "data_wait_fraction": waiting / seconds,
+            }
+
+        return rates
 
     def update(self, step: int) -> dict[str, Any]:
         """One training step: every player whose turn it is. Returns device metrics and plain numbers."""
@@ -119,10 +177,12 @@ class Trainer:
             optimizer = self.method.optimizers[player]
             terms: dict[str, Any] = {}
             for micro_step, batch in enumerate(batches):
-                loss, parts = self.method.loss(player, batch, StepDraws(self.config.seed, step, micro_step))
+                draws = StepDraws(self.config.seed, step, micro_step, self.world.rank)
+                loss, parts = self.method.loss(player, batch, draws)
                 (loss / count).backward()
                 for name, value in {**parts, f"{player}_loss": loss.detach()}.items():
                     terms[name] = terms.get(name, 0) + value / count
+            average_gradients(optimizer.parameters.values(), self.world)
             report = optimizer.step()
             for each in self.method.optimizers.values():
                 each.clear_grad()
@@ -135,7 +195,7 @@ class Trainer:
         return metrics
 
     def _not_finite(self, step: int, player: str, terms: Mapping[str, Any]) -> None:
-        named = [name for name, value in terms.items() if not math.isfinite(float(value))]
+        named = [name for name, value in average_values(terms, self.world).items() if not math.isfinite(value)]
         what = f"{', '.join(named)} not finite" if named else "the gradient is not finite, though every loss term is"
         message = f"step {step}, {player}: {what}"
         if self.config.on_nonfinite == "stop":
@@ -144,7 +204,7 @@ class Trainer:
         log.warning("%s; update skipped (%d so far)", message, self.skipped)
 
     def _to_floats(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        values = {name: float(value) for name, value in metrics.items()}
+        values = average_values(metrics, self.world)
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad and self.config.on_nonfinite == "stop":
             raise NonFiniteError(f"step {step}: {', '.join(bad)} not finite; stopped")
@@ -160,11 +220,25 @@ class Trainer:
             tensors[f"{player}_optimizer"], counters[f"{player}_optimizer"] = optimizer.state_dict()
         for player, average in self.method.averages.items():
             tensors[f"{player}_average"], counters[f"{player}_average"] = average.state_dict()
+        if self.health is not None:
+            counters["health"] = self.health.state()
         return tensors, counters
 
-    @paddle.no_grad()
     def _start(self, resume: bool) -> int:
-        """The first step to run, with all state restored."""
+        """The first step to run, with all state restored, and the same on all ranks."""
+        step = self._restore(resume)
+        main_step = paddle.to_tensor([step])
+        broadcast_parameters([main_step], self.world)
+        if any_rank(main_step.item() != step, self.world):
+            raise UserError(f"the processes find different checkpoints: all of them must see the same {self.folder}")
+        if self.world.size > 1:
+            for group in self.state()[0].values():
+                broadcast_parameters(group.values(), self.world)
+        return step
+
+    @paddle.no_grad()
+    def _restore(self, resume: bool) -> int:
+        """Load the newest checkpoint, if there is one; returns its step."""
         checkpoint = latest_valid(self.folder / "checkpoints")
         if checkpoint is None:
             return 0
@@ -181,6 +255,8 @@ class Trainer:
                 load_parameters(optimizer.parameters, checkpoint.tensors(player))
             for name, part in parts.items():
                 part.load_state_dict(checkpoint.tensors(name), checkpoint.state[name])
+            if self.health is not None and "health" in checkpoint.state:
+                self.health.load_state(checkpoint.state["health"])
         except (ValueError, KeyError) as error:
             raise UserError(f"{checkpoint.path} does not fit this recipe: {error}") from error
         log.info("resumed from %s", checkpoint.path)

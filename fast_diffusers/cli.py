@@ -130,9 +130,9 @@ def diagnose(arguments: argparse.Namespace) -> int:
 
 
 def _run_script(module: str, command: str, argv: list[str]) -> int:
-    """Call `main(argv)` of a module; its own parser reads and explains the arguments."""
+    """Run `main(argv)` of a module as the script itself does; its own parser reads and explains the arguments."""
     sys.argv[0] = f"fast-diffusers {command}"  # argparse takes the program's name from here
-    importlib.import_module(module).main(argv)
+    importlib.import_module("distill.commands").run(importlib.import_module(module).main, argv)
     return 0
 
 

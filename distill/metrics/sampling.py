@@ -21,6 +21,7 @@ from tqdm import tqdm
 from distill.batches import Encoder
 from distill.metrics.clip_score import ClipScorer
 from distill.metrics.features import Extractor, FeatureSet, join
+from distill.parallel import World, gather_rows
 from fast_diffusers.denoisers import Denoiser
 from fast_diffusers.errors import UserError
 from fast_diffusers.models.checkpoint_io import ADAPTER_NAMES
@@ -89,6 +90,7 @@ class SampleRunner:
         prompts: repeated in order up to the number of samples.
         extractor: of the features.
         clip: also score the images with CLIP.
+        world: each rank samples its share; all get the samples of all.
     """
 
     def __init__(
@@ -98,9 +100,13 @@ class SampleRunner:
         extractor: Extractor,
         settings: SampleSettings,
         clip: ClipScorer | None = None,
+        world: World | None = None,
     ):
         if not prompts:
             raise UserError("there are no prompts to sample")
+        self.world = world or World()
+        if settings.num_samples < self.world.size:
+            raise UserError(f"{settings.num_samples} samples cannot be split over {self.world.size} processes")
         self.pipe, self.extractor, self.settings, self.clip = pipe, extractor, settings, clip
         self.prompts = [prompts[i % len(prompts)] for i in range(settings.num_samples)]
         size = [settings.height or pipe.default_size, settings.width or pipe.default_size]
@@ -119,22 +125,31 @@ class SampleRunner:
     def run(self, denoiser: Denoiser, sampler: Sampler, steps: int, seed: int, progress: tqdm) -> Samples:
         """Sample every prompt in `steps` steps from the noise of `seed`.
 
-        progress: advanced by one for each sample and model call.
+        progress: advanced by one for each of this rank's samples and model calls.
 
         Raises:
             UserError: an image is not finite.
         """
         parts, images, seconds = [], [], 0.0
-        for start in range(0, self.settings.num_samples, self.settings.batch_size):
-            rows = range(start, min(start + self.settings.batch_size, self.settings.num_samples))
+        share = self.world.share(self.settings.num_samples)
+        kept = min(self.settings.previews, self.settings.num_samples)
+        for start in range(share.start, share.stop, self.settings.batch_size):
+            rows = range(start, min(start + self.settings.batch_size, share.stop))
             before = time.perf_counter()
             batch = self._images(denoiser, sampler, steps, seed, rows, progress)
             seconds += time.perf_counter() - before
             features, predictions = self.extractor(batch)
             clip = self.clip and self.clip(batch.transpose(0, 2, 3, 1), self.prompts[rows.start : rows.stop])
             parts.append(FeatureSet(features, predictions, clip))
-            images.append(batch[: max(0, self.settings.previews - start)])
-        return Samples(join(parts), np.concatenate(images), 1e3 * seconds / self.settings.num_samples)
+            images.append(batch[: max(0, kept - start)])
+        shown = gather_rows(np.concatenate(images), min(share.start, kept), kept, self.world)
+        return Samples(self._gather(join(parts)), shown, 1e3 * seconds / len(share))
+
+    def _gather(self, mine: FeatureSet) -> FeatureSet:
+        """The features of all ranks' samples, from this rank's."""
+        start, total = self.world.share(self.settings.num_samples).start, self.settings.num_samples
+        columns = (mine.features, mine.predictions, mine.clip)
+        return FeatureSet(*(c if c is None else gather_rows(c, start, total, self.world) for c in columns))
 
     def _images(
         self, denoiser: Denoiser, sampler: Sampler, steps: int, seed: int, rows: range, progress: tqdm

@@ -1,5 +1,6 @@
 """Pipelines by name or path: the one that ships with the project, or a folder."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,6 @@ SHIPPED = {"digits": Path(__file__).parents[1] / "assets" / "flux_digits"}
 def open_pipeline(name_or_path: str | Path, paddle_dtype: str | None = None, **components: Any) -> Pipeline:
     """Open a shipped pipeline ("digits") or a pipeline folder; see `Pipeline.from_pretrained`."""
     folder = SHIPPED.get(str(name_or_path), Path(name_or_path))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir false, not an error, for a name that is too long
         raise UserError(f"model {name_or_path} is neither a pipeline folder nor one of: {', '.join(SHIPPED)}")
     return Pipeline.from_pretrained(folder, paddle_dtype, **components)

@@ -17,6 +17,10 @@ class FakePipe:
     def __init__(self, guidance_embeds=True):
         self.transformer = SimpleNamespace(config=SimpleNamespace(guidance_embeds=guidance_embeds))
         self.asked = []
+        self.text_encoder = self.text_encoder_2 = self.tokenizer = self.vae = object()
+
+    def register_modules(self, **components):
+        vars(self).update(components)
 
     def conditioning(self, prompts):
         self.asked += prompts
@@ -64,6 +68,27 @@ def test_cached_latents_give_the_same_batches(tmp_path):
     expected, actual = (encoder.batch(batches.fetch(rows)) for batches in (plain, cached))
     np.testing.assert_array_equal(expected["latents"].numpy(), actual["latents"].numpy())
     np.testing.assert_array_equal(expected["cond"]["length"].numpy(), actual["cond"]["length"].numpy())
+
+
+def test_text_encoders_are_dropped_after_caching(tmp_path):
+    pipe = FakePipe()
+    encoder, config = Encoder(pipe, 3.5, max_prompts=2), DataConfig(cache=str(tmp_path / "cache"))
+    open_batches(config, encoder, 1, "fake", tmp_path)
+    assert pipe.text_encoder is not None  # nobody said which prompts are still needed
+
+    cached = open_batches(config, encoder, 1, "fake", tmp_path, keep_prompts=["aa", "bbb", "aa"])
+    assert pipe.text_encoder is pipe.text_encoder_2 is pipe.tokenizer is None
+    assert pipe.vae is not None and not hasattr(pipe, "tokenizer_2")
+    pipe.asked.clear()
+    assert encoder.batch(cached.fetch(np.array([0, 3])))["null_cond"]["length"].flatten().tolist() == [0, 0]
+    assert encoder.prompts(["bbb", "aa"])["length"].flatten().tolist() == [3, 2]
+    assert pipe.asked == []
+
+
+def test_text_encoders_stay_without_a_cache(tmp_path):
+    pipe = FakePipe()
+    open_batches(DataConfig(), Encoder(pipe, 3.5), 1, "fake", tmp_path, keep_prompts=["a"])
+    assert pipe.text_encoder is not None
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,13 @@ VARIANTS = {
 }
 
 
-def recipe_for(teacher, output, steps=4, objective=None, **trainer):
+def recipe_for(teacher, output, steps=4, objective=None, heads="adamw", **trainer):
     settings = {
         "model": {"path": str(teacher)},
         "lora": {"rank": 2, "alpha": 2},
         "objective": {"num_cells": 8, "num_phases": 2, **(objective or {})},
         "student_optimizer": {"lr": 1e-2},
+        "discriminator_optimizer": {"kind": heads},
         "trainer": {
             "steps": steps,
             "batch_size": 4,
@@ -79,25 +80,38 @@ def test_turns_alternate_as_published(tiny_teacher, tmp_path):
     assert [list(method.turns(step)) for step in range(3)] == [["discriminator"], ["student"], ["discriminator"]]
 
 
-def test_gradient_checkpointing_does_not_change_the_gradients(tiny_teacher, tmp_path, batch):
+@pytest.mark.parametrize("player", ["student", "discriminator"])
+def test_gradient_checkpointing_does_not_change_the_gradients(player, tiny_teacher, tmp_path, batch):
     gradients = []
     for checkpointing in (False, True):
         pipe = open_pipeline(tiny_teacher)
         if checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
-        method = FluxLightning(recipe_for(tiny_teacher, tmp_path), pipe, 16)
+        method = FluxLightning(recipe_for(tiny_teacher, tmp_path, gradient_checkpointing=checkpointing), pipe, 16)
+        assert all(head.checkpointing == checkpointing for head in method.discriminator.heads)
         for name, parameter in method.optimizers["student"].parameters.items():
             if "lora_B" in name:  # zero at the start, which hides lora_A's gradient
                 parameter.set_value(paddle.full(parameter.shape, 0.05))
-        method.loss("student", batch(pipe), StepDraws(0, 1))[0].backward()
-        gradients.append([p.grad.numpy() for p in method.optimizers["student"].parameters.values()])
+        method.loss(player, batch(pipe), StepDraws(0, 1))[0].backward()
+        gradients.append([p.grad.numpy() for p in method.optimizers[player].parameters.values()])
+        others = [p for name, each in method.optimizers.items() if name != player for p in each.parameters.values()]
+        assert all(p.grad is None for p in others)
     for plain, recomputed in zip(*gradients, strict=True):
         np.testing.assert_allclose(plain, recomputed, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.5])
-def test_train_resumes_exactly_and_the_saved_lora_is_the_student(ema_decay, tiny_teacher, tmp_path):
-    settings = {"ema_decay": ema_decay, "objective": {"fake_score": "adapter"}}
+def test_trained_weights_are_float32_whatever_the_frozen_ones(tiny_teacher, tmp_path):
+    pipe = open_pipeline(tiny_teacher, "bfloat16")
+    method = FluxLightning(recipe_for(tiny_teacher, tmp_path, dtype="bfloat16", ema_decay=0.5), pipe, 16)
+    trained = [p for optimizer in method.optimizers.values() for p in optimizer.parameters.values()]
+    frozen = [p for p in pipe.transformer.parameters() if p.stop_gradient]
+    assert {p.dtype for p in frozen} == {paddle.bfloat16}
+    assert {p.dtype for p in (*trained, *method.averages["student"].averages.values())} == {paddle.float32}
+
+
+@pytest.mark.parametrize(("ema_decay", "heads"), [(None, "adamw"), (0.5, "adafactor")])
+def test_train_resumes_exactly_and_the_saved_lora_is_the_student(ema_decay, heads, tiny_teacher, tmp_path):
+    settings = {"ema_decay": ema_decay, "heads": heads, "objective": {"fake_score": "adapter"}}
     train(recipe_for(tiny_teacher, tmp_path / "whole", 4, **settings))
     train(recipe_for(tiny_teacher, tmp_path / "parts", 2, **settings))
     # The number of steps belongs to the recipe; with a constant rate it changes nothing but the end.

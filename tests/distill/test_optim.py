@@ -5,7 +5,7 @@ import paddle
 import pytest
 
 from distill.config import OptimizerConfig
-from distill.optim import EMA, adamw, ema_decay, learning_rate
+from distill.optim import EMA, ema_decay, learning_rate, make_optimizer, state_values
 
 
 def parameters() -> dict[str, paddle.Tensor]:
@@ -63,19 +63,79 @@ def reference(config: OptimizerConfig, total_steps: int, steps: int) -> dict[str
 def test_adamw_equals_the_paper(betas, clip):
     config = OptimizerConfig(**{**vars(CONFIG), "betas": betas, "grad_clip_norm": clip})
     params = parameters()
-    train(adamw(params, config, 20), params, 0, 10)
+    train(make_optimizer(params, config, 20), params, 0, 10)
     for name, expected in reference(config, 20, 10).items():
         np.testing.assert_allclose(params[name].numpy(), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_adafactor_equals_the_paper(beta1):
+    """Algorithm 2 with sums over rows and columns, float64; a vector's second moment stays whole."""
+    config, (steps, total) = OptimizerConfig(**{**vars(CONFIG), "kind": "adafactor", "betas": (beta1, 0.99)}), (10, 20)
+    params = {**parameters(), "kernel": paddle.create_parameter([3, 2, 2, 1], "float32")}
+    values = {name: p.numpy().astype(np.float64) for name, p in params.items()}
+    optimizer = make_optimizer(params, config, total)
+    rows, columns, first, rng = {}, {}, {}, np.random.default_rng(1)
+    for step in range(steps):
+        grads = {name: rng.standard_normal(value.shape).astype(np.float32) for name, value in values.items()}
+        for name, gradient in grads.items():
+            params[name].grad = paddle.to_tensor(gradient)
+        optimizer.step()
+        norm = math.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values()))
+        clip = min(1.0, config.grad_clip_norm / norm)
+        for name, gradient in grads.items():
+            g = clip * gradient.astype(np.float64)
+            squared = (g**2).reshape(len(g), -1)
+            rows[name] = 0.99 * rows.get(name, 0) + 0.01 * squared.sum(1)
+            columns[name] = 0.99 * columns.get(name, 0) + 0.01 * squared.sum(0)
+            v = rows[name] if g.ndim == 1 else np.outer(rows[name], columns[name]) / rows[name].sum()
+            first[name] = beta1 * first.get(name, 0) + (1 - beta1) * g
+            m_hat, v_hat = first[name] / (1 - beta1 ** (step + 1)), v.reshape(g.shape) / (1 - 0.99 ** (step + 1))
+            rate = learning_rate(config, step, total)
+            values[name] -= rate * (m_hat / (np.sqrt(v_hat) + config.eps) + config.weight_decay * values[name])
+    for name, expected in values.items():
+        np.testing.assert_allclose(params[name].numpy(), expected, atol=5e-6)
+
+
+def test_a_rank_one_second_moment_is_not_approximated():
+    """One row, or one column: the factored state says all, and Adafactor is AdamW."""
+    outcome = []
+    for kind in ("adamw", "adafactor"):
+        shapes = {"row": [1, 5, 1, 1], "column": [5, 1]}
+        params = {name: paddle.create_parameter(shape, "float32") for name, shape in shapes.items()}
+        for parameter in params.values():
+            parameter.set_value(paddle.ones(parameter.shape))
+        optimizer = make_optimizer(params, OptimizerConfig(**{**vars(CONFIG), "kind": kind}), 10)
+        for step in range(5):
+            for i, parameter in enumerate(params.values()):
+                values = np.random.default_rng(10 * step + i).standard_normal(parameter.shape)
+                parameter.grad = paddle.to_tensor(values, "float32")
+            optimizer.step()
+        outcome.append([parameter.numpy() for parameter in params.values()])
+    for expected, actual in zip(*outcome, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+def test_zero_gradients_only_decay_the_weights():
+    params = parameters()
+    before = {name: p.numpy() for name, p in params.items()}
+    config = OptimizerConfig(kind="adafactor", lr=0.1, weight_decay=0.5)
+    for parameter in params.values():
+        parameter.grad = paddle.zeros(parameter.shape)
+    make_optimizer(params, config, 10).step()
+    for name, parameter in params.items():
+        np.testing.assert_allclose(parameter.numpy(), 0.95 * before[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
-def test_five_saved_and_five_more_steps_equal_ten_bitwise(schedule):
-    config = OptimizerConfig(**{**vars(CONFIG), "schedule": schedule})
+def test_five_saved_and_five_more_steps_equal_ten_bitwise(kind, schedule):
+    config = OptimizerConfig(**{**vars(CONFIG), "kind": kind, "schedule": schedule})
     whole = parameters()
-    reports = train(adamw(whole, config, 10), whole, 0, 10)
+    reports = train(make_optimizer(whole, config, 10), whole, 0, 10)
 
     half = parameters()
-    optimizer = adamw(half, config, 10)
+    optimizer = make_optimizer(half, config, 10)
     first = train(optimizer, half, 0, 5)
     tensors, scalars = optimizer.state_dict()
     saved = {key: tensor.numpy().copy() for key, tensor in tensors.items()}
@@ -84,7 +144,7 @@ def test_five_saved_and_five_more_steps_equal_ten_bitwise(schedule):
     resumed = parameters()  # other Paddle names than those of the run that saved
     for name, value in weights.items():
         resumed[name].set_value(paddle.to_tensor(value))
-    optimizer = adamw(resumed, config, 10)
+    optimizer = make_optimizer(resumed, config, 10)
     optimizer.load_state_dict({key: paddle.to_tensor(value) for key, value in saved.items()}, scalars)
     assert first + train(optimizer, resumed, 5, 10) == reports
     for name in whole:
@@ -93,15 +153,34 @@ def test_five_saved_and_five_more_steps_equal_ten_bitwise(schedule):
 
 def test_state_is_keyed_by_path():
     params = parameters()
-    tensors, scalars = adamw(params, CONFIG, 10).state_dict()
+    tensors, scalars = make_optimizer(params, CONFIG, 10).state_dict()
     keys = ("moment1", "moment2", "beta1_pow", "beta2_pow")
     assert set(tensors) == {f"{name}.{key}" for name in params for key in keys}
     assert scalars == {"steps": 0}
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_size_of_the_state(kind, beta1):
+    params, config = parameters(), OptimizerConfig(kind=kind, betas=(beta1, 0.999))
+    tensors = make_optimizer(params, config, 10).tensors()
+    counted = sum(tensor.size for key, tensor in tensors.items() if "_pow" not in key)
+    assert sum(state_values(parameter.shape, config) for parameter in params.values()) == counted
+    if (kind, beta1) == ("adafactor", 0.0):
+        assert counted == (4 + 2 + 1) + (2 + 4 + 1) + (3 + 1)
+
+
+def test_state_of_another_kind_is_an_error():
+    params = parameters()
+    tensors, scalars = make_optimizer(params, CONFIG, 10).state_dict()
+    other = make_optimizer(params, OptimizerConfig(kind="adafactor"), 10)
+    with pytest.raises(ValueError, match=r"optimiser state does not fit .*missing .*unexpected"):
+        other.load_state_dict(tensors, scalars)
+
+
 def test_norm_is_reported_before_clipping_and_gradients_are_clipped():
     params = parameters()
-    optimizer = adamw(params, CONFIG, 10)
+    optimizer = make_optimizer(params, CONFIG, 10)
     for name, gradient in gradients(0, 100.0).items():
         params[name].grad = paddle.to_tensor(gradient)
     report = optimizer.step()
@@ -112,10 +191,11 @@ def test_norm_is_reported_before_clipping_and_gradients_are_clipped():
     assert clipped == pytest.approx(CONFIG.grad_clip_norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_gradient_changes_nothing(bad):
+def test_non_finite_gradient_changes_nothing(bad, kind):
     params = parameters()
-    optimizer = adamw(params, CONFIG, 10)
+    optimizer = make_optimizer(params, OptimizerConfig(**{**vars(CONFIG), "kind": kind}), 10)
     train(optimizer, params, 0, 2)
     weights = {name: p.numpy().copy() for name, p in params.items()}
     state = {key: tensor.numpy().copy() for key, tensor in optimizer.tensors().items()}
@@ -130,9 +210,10 @@ def test_non_finite_gradient_changes_nothing(bad):
     assert optimizer.steps == 3
 
 
-def test_parameter_without_gradient_is_left_alone():
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_parameter_without_gradient_is_left_alone(kind):
     params = parameters()
-    optimizer = adamw(params, CONFIG, 10)
+    optimizer = make_optimizer(params, OptimizerConfig(**{**vars(CONFIG), "kind": kind}), 10)
     params["bias"].grad = paddle.ones([3])
     before = params["block.lora_A.weight"].numpy().copy()
     optimizer.step()
@@ -165,7 +246,7 @@ def test_schedules():
 )
 def test_unfitting_state_is_named_and_changes_nothing(change, message):
     params = parameters()
-    optimizer = adamw(params, CONFIG, 10)
+    optimizer = make_optimizer(params, CONFIG, 10)
     train(optimizer, params, 0, 1)
     state = {key: paddle.zeros_like(tensor) for key, tensor in optimizer.tensors().items()}
     change(state)
@@ -177,14 +258,14 @@ def test_unfitting_state_is_named_and_changes_nothing(change, message):
 
 def test_unusable_parameters_are_errors():
     with pytest.raises(ValueError, match="no parameters to optimise"):
-        adamw({}, CONFIG, 10)
+        make_optimizer({}, CONFIG, 10)
     with pytest.raises(ValueError, match="no parameter has a gradient"):
-        adamw(parameters(), CONFIG, 10).step()
+        make_optimizer(parameters(), CONFIG, 10).step()
     bias = parameters()["bias"]
     with pytest.raises(ValueError, match="share a Paddle name"):
-        adamw({"a": bias, "b": bias}, CONFIG, 10)
+        make_optimizer({"a": bias, "b": bias}, CONFIG, 10)
     with pytest.raises(ValueError, match="half is bfloat16; trained weights must be float32"):
-        adamw({"half": bias.astype("bfloat16")}, CONFIG, 10)
+        make_optimizer({"half": bias.astype("bfloat16")}, CONFIG, 10)
 
 
 def test_ema_is_the_recurrence_and_its_decay_a_function_of_the_step():

@@ -1,6 +1,7 @@
 """The loop on a two-parameter regression."""
 
 import json
+import signal
 
 import numpy as np
 import paddle
@@ -9,6 +10,7 @@ import pytest
 from distill.checkpoint import latest_valid
 from distill.config import OptimizerConfig, TrainerConfig
 from distill.optim import EMA, AdamW
+from distill.stopping import Interrupted
 from distill.trainer import NonFiniteError, Trainer, frozen
 from fast_diffusers.errors import UserError
 
@@ -101,6 +103,77 @@ def test_non_finite_loss_can_be_skipped_and_is_counted(tmp_path):
     method, trainer = run(tmp_path, 10, method=Regression(10, poison_at=6), on_nonfinite="skip")
     assert trainer.skipped == 1
     assert all(np.isfinite(w).all() for w in values(method))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(number, tmp_path):
+    whole, _ = run(tmp_path / "whole", 10)
+    method = Regression(10)
+    loss = method.loss
+
+    def signalled_loss(player, batch, draws):
+        if batch["step"] == 6:
+            signal.raise_signal(number)
+        return loss(player, batch, draws)
+
+    method.loss = signalled_loss
+    with pytest.raises(Interrupted, match=rf"stopped by {number.name} after step 7, which is saved; continue"):
+        run(tmp_path / "parts", 10, method=method)
+    assert latest_valid(tmp_path / "parts" / "checkpoints").step == 7
+    continued, _ = run(tmp_path / "parts", 10, resume=True)
+    for expected, actual in zip(values(whole), values(continued), strict=True):
+        np.testing.assert_array_equal(expected, actual)
+
+
+def test_a_signal_in_the_last_step_does_not_stop_a_finished_run(tmp_path):
+    config = TrainerConfig(steps=2, sample_every=2, output_dir=str(tmp_path))
+    Trainer(config, Regression(2), read, sample=lambda done: signal.raise_signal(signal.SIGTERM)).fit()
+    assert latest_valid(tmp_path / "checkpoints").step == 2
+
+
+class Counter:
+    """A health guard that warns at every line."""
+
+    def __init__(self):
+        self.seen = []
+
+    def observe(self, step, metrics):
+        self.seen.append([step, metrics["first_loss"]])
+        return [f"step {step}: look"]
+
+    def state(self):
+        return {"seen": self.seen}
+
+    def load_state(self, state):
+        self.seen = [list(each) for each in state["seen"]]
+
+
+def test_health_sees_the_log_and_resumes(tmp_path, caplog):
+    def seen(folder, steps, resume=False):
+        config = TrainerConfig(steps=steps, checkpoint_every=4, log_every=2, sample_every=None, output_dir=str(folder))
+        trainer = Trainer(config, Regression(10), read, health=Counter())
+        trainer.fit(resume)
+        return trainer.health.seen
+
+    whole = seen(tmp_path / "whole", 8)
+    assert [step for step, _ in whole] == [2, 4, 6, 8]
+    assert [record.message for record in caplog.records] == [f"step {step}: look" for step in (2, 4, 6, 8)]
+    seen(tmp_path / "parts", 4)
+    assert seen(tmp_path / "parts", 8, resume=True) == whole
+
+
+def test_log_has_speed_waiting_and_what_sampling_measured(tmp_path):
+    config = TrainerConfig(
+        steps=4, batch_size=3, gradient_accumulation=2, log_every=2, sample_every=4, output_dir=str(tmp_path)
+    )
+    clock = iter([1.0, 1.0, 1.0 + 1e-9])
+    trainer = Trainer(config, Regression(4), read, sample=lambda done: {"sharpness": done / 2}, waited=clock.__next__)
+    trainer.fit()
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    for line in (first, second):
+        assert line["images_per_second"] == pytest.approx(6 * line["steps_per_second"])
+    assert first["data_wait_fraction"] == 0 < second["data_wait_fraction"] < 1e-3
+    assert "sharpness" not in first and second["sharpness"] == 2
 
 
 def test_existing_run_is_not_overwritten(tmp_path):
