@@ -23,6 +23,7 @@ from distill.flux_lightning import STUDENT, FluxLightning, Recipe
 from distill.objectives import adversarial, distribution_matching, phased_consistency, reflow
 from distill.objectives.consistency import consistency_target
 from distill.objectives.phases import student_jump
+from distill.parallel import World
 from distill.recipe import load_recipe
 from distill.trainer import Trainer, frozen
 from fast_diffusers.pipelines.shipped import open_pipeline
@@ -74,7 +75,7 @@ def measure(recipe: Recipe, repeats: int) -> dict[str, float]:
         timed(times, "heads: AdamW", method.optimizers["discriminator"].step)
         method.optimizers["discriminator"].clear_grad()
 
-    with open_loader(pipe, recipe.data, recipe.trainer, encoder, recipe.model.path) as loader:
+    with open_loader(pipe, recipe.data, recipe.trainer, encoder, recipe.model.path, World()) as loader:
         trainer = Trainer(recipe.trainer, method, lambda step, micro: encoder.batch(loader.batch(step, micro)))
         for step in range(2 * repeats + 4):
             raw = timed(times, "both: wait for data", lambda step=step: loader.batch(step))

@@ -11,6 +11,8 @@ from distill.config import DataConfig
 from distill.data import ImageBatches, LatentCache, Source, jsonl_log, open_source
 from distill.data.loader import Batches
 from fast_diffusers.conditioning import Cond
+from fast_diffusers.denoisers import Denoiser
+from fast_diffusers.samplers.loop import Velocity
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 """Components that a pipeline needs for nothing but prompts."""
@@ -70,6 +72,14 @@ class Encoder:
         if present:
             self.pipe.register_modules(**dict.fromkeys(present))
 
+    def velocity(self, denoiser: Denoiser, prompts: list[str]) -> Velocity:
+        """What a sampler evaluates to draw these prompts, at the encoder's guidance if the model embeds it."""
+        cond, guidance = self.prompts(prompts), self._guidance()
+        return lambda x, t, target_t: denoiser(x, t, cond, target_t=target_t, guidance=guidance)
+
+    def _guidance(self) -> float | None:
+        return self.guidance_scale if self.pipe.transformer.config.guidance_embeds else None
+
     def batch(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """What a loader gives, images and prompts or cached latents and embeddings, as an objective's batch.
 
@@ -82,12 +92,12 @@ class Encoder:
         else:
             latents, cond = self.images(raw["images"]), self.prompts(raw["prompts"])
         size = latents.shape[0]
-        embeds = self.pipe.transformer.config.guidance_embeds
+        guidance = self._guidance()
         return {
             "latents": latents,
             "cond": cond,
             "null_cond": self.prompts([""]).expand(size),
-            "guidance": paddle.full([size], self.guidance_scale) if embeds else None,
+            "guidance": None if guidance is None else paddle.full([size], guidance),
         }
 
 

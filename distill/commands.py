@@ -42,9 +42,8 @@ def train_parser(description: str, recipe: str) -> argparse.ArgumentParser:
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a script's main on `argv`, by default the command line's.
 
-    A user's mistake ends with one line and exit code 1, SIGTERM and SIGINT with one and 75.
-
-    These signals end training after the running step, everything else at once; a second one kills.
+    A user's mistake ends with one line and exit code 1, SIGTERM and SIGINT with one and 75. These signals end training
+    after the running step, everything else at once; a second one kills.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     with StopRequest(raising=True):
@@ -153,13 +152,7 @@ class SampleGrid:
 
     @paddle.no_grad()
     def __call__(self, done: int) -> dict[str, float]:
-        denoiser, cond = self.pipe.denoiser, self.encoder.prompts(self.prompts)
-        embeds = self.pipe.transformer.config.guidance_embeds
-        guidance = self.encoder.guidance_scale if embeds else None
-
-        def velocity(x: paddle.Tensor, t: paddle.Tensor, target_t: paddle.Tensor) -> paddle.Tensor:
-            return denoiser(x, t, cond, target_t=target_t, guidance=guidance)
-
+        velocity = self.encoder.velocity(self.pipe.denoiser, self.prompts)
         if self.grid is None:
             latents = euler(velocity, self.noise, steps=self.steps, mu=self.mu)
         else:

@@ -12,6 +12,7 @@ A recipe names only what differs, may start from another one (`base: other.yaml`
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -242,7 +243,7 @@ def find_recipe(path_or_name: str | Path, folder: Path = RECIPES) -> Path:
     """The recipe file meant: an existing path, or a name in `folder`. UserError listing the names there otherwise."""
     candidates = [Path(path_or_name), folder / path_or_name, folder / f"{path_or_name}.yaml"]
     for candidate in candidates:
-        if _is_file(candidate):
+        if os.path.isfile(candidate):
             return candidate
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
     missing = _one_line(str(path_or_name))
@@ -271,14 +272,7 @@ def _layers(path: Path, folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not isinstance(base, str):
             raise UserError(f"{path}: base is {base!r}; expected the file name of another recipe")
         sibling = path.parent / base
-        path = sibling if _is_file(sibling) else find_recipe(base, folder)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # the name is too long
-        return False
+        path = sibling if os.path.isfile(sibling) else find_recipe(base, folder)
 
 
 def _one_line(text: str) -> str:

@@ -155,12 +155,11 @@ class SampleRunner:
         self, denoiser: Denoiser, sampler: Sampler, steps: int, seed: int, rows: range, progress: tqdm
     ) -> np.ndarray:
         """Images uint8 [B, C, H, W]: what a user would save, and what real images are."""
-        cond = self._encoder.prompts(self.prompts[rows.start : rows.stop])
-        guidance = self.settings.guidance_scale if self.pipe.transformer.config.guidance_embeds else None
+        evaluate = self._encoder.velocity(denoiser, self.prompts[rows.start : rows.stop])
 
         def velocity(x: Tensor, t: Tensor, target_t: Tensor) -> Tensor:
             progress.update(len(rows))
-            return denoiser(x, t, cond, target_t=target_t, guidance=guidance)
+            return evaluate(x, t, target_t)
 
         latents = sampler(velocity, self.noise(rows, seed), steps=steps)
         pixels = self.pipe.decode_latents(latents).numpy()
