@@ -14,7 +14,9 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle import Tensor
+from paddle.base.core import create_or_get_global_tcp_store
 
+from fast_diffusers.compat import outlive_peers
 from fast_diffusers.errors import UserError
 
 
@@ -46,7 +48,9 @@ def init() -> World:
     if not dist.is_initialized():
         try:
             dist.init_parallel_env()
-        except (RuntimeError, ValueError) as error:
+            host = dist.ParallelEnv().trainer_endpoints[0].rsplit(":", 1)[0]
+            outlive_peers(create_or_get_global_tcp_store(), host, dist.get_rank(), dist.get_world_size())
+        except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(
                 f"the processes cannot be connected ({reason}); start them with paddle.distributed.launch"

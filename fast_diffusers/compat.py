@@ -5,14 +5,17 @@ settings must be made before paddle loads and the others once both have patched 
 when it can go; tests/fast_diffusers/test_compat.py has a test for each.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import logging
 import os
 import platform
+import socket
 import sys
 import threading
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -230,3 +233,39 @@ with _explained_failure(), _untouched_root_logger(), _quiet_imports():
     import ppdiffusers  # noqa: F401
 _supply_attention()
 _keep_replaced_functions_out_of_tracing()
+
+
+def outlive_peers(store: Any, host: str, rank: int, size: int, limit: float = 30.0) -> None:
+    """Make rank 0 of `size` processes wait, when its interpreter exits, until the processes of the others have ended.
+
+    Reason: rank 0 serves Paddle's key-value store from a thread that runs on while the C++ destructors of static
+    objects do; when it logs a peer's disconnection through a logger that is gone already, it aborts, and a finished
+    run is reported as failed with code -6 (seen in 8 of 175 launches). Every peer holds a connection that closes with
+    its process, not before.
+    Remove when: the store's thread stops before static destruction.
+
+    Args:
+        store: Paddle's store, for the port (`set`, `get` of bytes).
+        host: the address of rank 0.
+        limit: seconds after which rank 0 waits no longer.
+    """
+    key = "fast_diffusers/outlive_peers"
+    if rank > 0:
+        socket.create_connection((host, int(store.get(key))), timeout=limit).detach()  # the process's end closes it
+        return
+    listener = socket.create_server((host, 0), backlog=size)
+    store.set(key, str(listener.getsockname()[1]).encode())
+
+    def wait() -> None:
+        deadline = time.monotonic() + limit
+        with listener, contextlib.suppress(OSError):
+            for peer in [_accepted(listener, deadline) for _ in range(size - 1)]:
+                peer.settimeout(max(0.001, deadline - time.monotonic()))
+                peer.recv(1)  # nothing is ever sent: this returns at the end of the connection
+
+    atexit.register(wait)
+
+
+def _accepted(listener: socket.socket, deadline: float) -> socket.socket:
+    listener.settimeout(max(0.001, deadline - time.monotonic()))
+    return listener.accept()[0]

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -258,3 +259,39 @@ def test_import_failure_with_the_right_versions_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(versions, "problems", lambda: [])
     with pytest.raises(AttributeError, match="no float_"), compat._explained_failure():
         raise AttributeError("no float_")
+
+
+class Store(dict):
+    set = dict.__setitem__
+
+
+@pytest.fixture
+def at_exit(monkeypatch):
+    functions = []
+    monkeypatch.setattr(compat.atexit, "register", functions.append)
+    return functions
+
+
+def test_rank_0_outlives_its_peers(at_exit):
+    store = Store()
+    compat.outlive_peers(store, "127.0.0.1", 0, 2)
+    reading, writing = os.pipe()
+    peer = os.fork()
+    if peer == 0:
+        compat.outlive_peers(store, "127.0.0.1", 1, 2)
+        time.sleep(0.3)
+        os.write(writing, b"last words")
+        os._exit(0)
+    os.close(writing)
+    os.set_blocking(reading, False)
+    (wait,) = at_exit
+    wait()
+    assert os.read(reading, 20) == b"last words"
+    os.close(reading)
+    os.waitpid(peer, 0)
+
+
+def test_rank_0_waits_for_a_peer_that_never_came_no_longer_than_the_limit(at_exit):
+    compat.outlive_peers(Store(), "127.0.0.1", 0, 2, limit=0.01)
+    (wait,) = at_exit
+    wait()
