@@ -7,6 +7,8 @@ detached scalars on the device.
 from distill.objectives.adversarial import adversarial
 from distill.objectives.consistency import phased_consistency
 from distill.objectives.distribution_matching import distribution_matching, fake_score
+from distill.objectives.rcgm import rcgm
 from distill.objectives.reflow import reflow
+from distill.objectives.twinflow import twinflow
 
-__all__ = ["adversarial", "distribution_matching", "fake_score", "phased_consistency", "reflow"]
+__all__ = ["adversarial", "distribution_matching", "fake_score", "phased_consistency", "rcgm", "reflow", "twinflow"]
