@@ -28,6 +28,15 @@ def test_rope_turns_each_pair_by_position_times_frequency():
     np.testing.assert_allclose(layers.apply_rope(x, rope), expected, atol=1e-6)
 
 
+def test_rope_takes_positions_of_their_own_for_each_sample():
+    ids = paddle.randint(0, 9, [2, 5, 2])
+    x = paddle.randn([2, 5, 3, 8])
+    turned = layers.apply_rope(x, layers.rope_tables(ids, axes=(4, 4)))
+    for i in range(2):
+        alone = layers.apply_rope(x[i : i + 1], layers.rope_tables(ids[i], axes=(4, 4)))
+        np.testing.assert_allclose(turned[i], alone[0], atol=1e-6)
+
+
 def test_rope_is_the_same_in_traced_programs():
     rope = layers.rope_tables(paddle.arange(10).astype("float32").reshape([5, 2]), axes=(4, 4))
     x = paddle.randn([2, 5, 3, 8])
@@ -73,6 +82,72 @@ def test_attention_against_the_definition():
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.einsum("bhlm,bmhd->blhd", weights, value.numpy()).reshape(2, 5, 12)
     np.testing.assert_allclose(layers.attend(query, key, value), expected, atol=1e-12)
+
+
+def test_attention_with_a_bias_against_the_definition():
+    query, key, value = (paddle.randn([2, length, 3, 4], "float64") for length in (5, 6, 6))
+    bias = paddle.randn([2, 1, 1, 6], "float64")
+    logits = np.einsum("blhd,bmhd->bhlm", query.numpy(), key.numpy()) / 2 + bias.numpy()
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = np.einsum("bhlm,bmhd->blhd", weights, value.numpy()).reshape(2, 5, 12)
+    np.testing.assert_allclose(layers.attend(query, key, value, bias), expected, atol=1e-12)
+    traced = paddle.jit.to_static(layers.attend, full_graph=True)
+    np.testing.assert_allclose(traced(query, key, value, bias), expected, atol=1e-12)
+
+
+def test_linear_attention_against_the_definition():
+    query, key, value = (paddle.randn([2, 3, 4, length], "float64") for length in (5, 6, 6))
+    query[:, :, 0] = key[:, :, 0] = paddle.ones([1], "float64")  # so that every query meets a key
+    weights = np.einsum("bhdl,bhdm->bhlm", query.clip(0).numpy(), key.clip(0).numpy())
+    expected = np.einsum("bhlm,bhdm->bhdl", weights / weights.sum(-1, keepdims=True), value.numpy())
+    np.testing.assert_allclose(layers.relu_attend(query, key, value), expected, atol=1e-12)
+
+
+def test_linear_attention_without_any_match_is_zero():
+    x = paddle.randn([1, 1, 4, 3])
+    assert (layers.relu_attend(-x.abs(), x, x) == 0).all()
+
+
+def test_linear_attention_of_half_precision_is_computed_in_float32():
+    query, key, value = (paddle.randn([1, 2, 4, 300]).astype("float16") * 100 for _ in range(3))
+    out = layers.relu_attend(query, key, value)  # its sums leave the range of float16
+    wide = layers.relu_attend(*(x.astype("float32") for x in (query, key, value)))
+    assert out.dtype == paddle.float16
+    assert (out == wide.astype("float16")).all()
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 5), (8, 8)])
+def test_convolutions_as_matrix_products(monkeypatch, height, width):
+    layer = layers.GLUMBConv(4, 2.5)
+    layer.to(dtype="float64")
+    for weight in layer.parameters():
+        weight.set_value(paddle.randn(weight.shape, "float64"))
+    tokens = paddle.randn([3, height * width, 4], "float64")
+    tokens.stop_gradient = False
+    results = []
+    for limit in (height * width, 0):
+        monkeypatch.setattr(layers, "MAX_DENSE_PIXELS", limit)
+        out = layer.on_tokens(tokens, height)
+        (out**2).sum().backward()
+        results.append([out, tokens.grad, *(weight.grad for weight in layer.parameters())])
+        tokens.clear_grad()
+        layer.clear_gradients()
+    image = layer(tokens.transpose([0, 2, 1]).reshape([3, 4, height, width])).flatten(2).transpose([0, 2, 1])
+    for dense, convolved in zip([image, *results[0]], [results[1][0], *results[1]], strict=True):
+        np.testing.assert_allclose(dense, convolved, rtol=1e-10, atol=1e-10)
+
+
+def test_small_images_are_convolved_as_matrix_products():
+    layer = layers.GLUMBConv(4, 2.5)
+    layer.conv_depth.register_forward_pre_hook(lambda *_: pytest.fail("ran a depthwise convolution"))
+    layer.on_tokens(paddle.randn([1, 64, 4]), 8)
+    with pytest.raises(pytest.fail.Exception):
+        layer.on_tokens(paddle.randn([1, 72, 4]), 8)
+
+
+def test_embedding_that_starts_at_zero():
+    layer = layers.EmbeddingMLP(6, 4, zero=True)
+    assert (layer(paddle.randn([2, 6])) == 0).all() and layer.linear_1.weight.abs().max() > 0
 
 
 def test_only_float16_is_clipped():
