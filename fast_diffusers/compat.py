@@ -2,11 +2,13 @@
 
 `fast_diffusers/__init__.py` imports it before anything else. It imports paddle and ppdiffusers itself, because some
 settings must be made before paddle loads and the others once both have patched it. Every item states its reason and
-when it can go; tests/fast_diffusers/test_compat.py has a test for each.
+when it can go; tests/fast_diffusers/test_compat.py has a test for each, test_forward_ad.py those of
+`intercepted_operators`.
 """
 
 import atexit
 import contextlib
+import contextvars
 import ctypes
 import functools
 import logging
@@ -269,3 +271,108 @@ def outlive_peers(store: Any, host: str, rank: int, size: int, limit: float = 30
 def _accepted(listener: socket.socket, deadline: float) -> socket.socket:
     listener.settimeout(max(0.001, deadline - time.monotonic()))
     return listener.accept()[0]
+
+
+OperatorHandler = Callable[[str, Callable[..., Any], tuple, dict[str, Any]], Any]
+"""What stands in for an operator: (name, operator, args, kwargs) -> what the operator would return."""
+
+_METADATA_NAMES = """
+    _is_initialized _is_dense_tensor_hold_allocation _is_shared_buffer_with _is_shared_underline_tensor_with
+    is_dense is_dist is_sparse is_sparse_coo is_sparse_csr is_same_shape is_selected_rows element_size is_contiguous
+    get_strides stride _offset _holder_size _inplace_version _bump_inplace_version _reset_grad_inplace_version
+    retain_grads clear_gradient _zero_grads _grad_name _grad_value _grad_ivar _set_grad_type _register_grad_hook
+    _remove_grad_hook _register_backward_hook _apply_backward_hook
+"""
+_METADATA_METHODS = frozenset(_METADATA_NAMES.split())
+"""Methods of a tensor that neither read nor write its values."""
+
+_handlers: contextvars.ContextVar[tuple[OperatorHandler, Any] | None] = contextvars.ContextVar("handlers", default=None)
+_interception = types.SimpleNamespace(lock=threading.Lock(), users=0, modules=0, namespaces=[])
+
+
+@contextlib.contextmanager
+def intercepted_operators(handler: OperatorHandler) -> Iterator[None]:
+    """Within the block, operators called from this context (thread or task) go through `handler`.
+
+    Names are those of `paddle._C_ops` ("matmul"), "legacy.*" for `paddle._legacy_C_ops`, "eager.*" for four functions
+    beside them, "Tensor.*" for methods written in C++ ("Tensor.__add__"). The handler itself runs outside the block:
+    what it calls, the operator included, goes to the block around this one, if any.
+
+    Reason: Paddle has no counterpart of `__torch_function__`, and forward-mode differentiation needs one. Every eager
+    operator is reached through an attribute of a module or of the type `paddle.Tensor`, so these are replaced while
+    some block is open, and put back when the last one closes, whatever was raised. Calls from other contexts pass
+    through. The constructor `paddle.Tensor(x)` cannot be replaced: a tensor made with it is a new one to the handler.
+    Remove when: Paddle offers a way to override operators for a tensor type, or forward-mode differentiation.
+    """
+    with _interception.lock:
+        if _interception.users == 0:
+            _set_interception(True)
+        _interception.users += 1
+    token = _handlers.set((handler, _handlers.get()))
+    try:
+        yield
+    finally:
+        _handlers.reset(token)
+        with _interception.lock:
+            _interception.users -= 1
+            if _interception.users == 0:
+                _set_interception(False)
+
+
+def _set_interception(on: bool) -> None:
+    if on and _interception.modules != len(sys.modules):  # modules imported since may hold operators
+        _interception.modules = len(sys.modules)
+        _interception.namespaces = _interception_namespaces()
+    for namespace, plain, replaced in _interception.namespaces:
+        values = replaced if on else plain
+        if isinstance(namespace, type):
+            for name, value in values.items():
+                setattr(namespace, name, value)
+        else:
+            vars(namespace).update(values)
+
+
+def _interception_namespaces() -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
+    """(namespace, its operators, their replacements) of every module and class through which operators are called."""
+    replacements: dict[int, Callable[..., Any]] = {}
+    for prefix, module in (("", paddle._C_ops), ("legacy.", paddle._legacy_C_ops)):
+        for name, value in vars(module).items():
+            if isinstance(value, types.BuiltinFunctionType):
+                replacements[id(value)] = _replacement(prefix + name, value)
+    eager = paddle.base.core.eager
+    for name in ("tensor_copy", "scale", "_run_custom_op", "jit_function_call"):
+        replacements[id(vars(eager)[name])] = _replacement(f"eager.{name}", vars(eager)[name])
+    builtin_modules = (eager.ops, eager.ops.legacy, paddle.base.core.pir.ops)
+    namespaces = []
+    for module in list(sys.modules.values()):
+        if isinstance(module, types.ModuleType) and module not in builtin_modules:
+            plain = {name: value for name, value in list(vars(module).items()) if id(value) in replacements}
+            if plain:
+                namespaces.append((module, plain, {name: replacements[id(value)] for name, value in plain.items()}))
+    methods = {
+        name: value
+        for name, value in vars(paddle.Tensor).items()
+        if isinstance(value, types.MethodDescriptorType) and name not in _METADATA_METHODS
+    }
+    replaced = {name: _replacement(f"Tensor.{name}", value) for name, value in methods.items()}
+    data = vars(paddle.Tensor)["data"]
+    methods["data"] = data  # reading it is `detach`; writing it changes the values
+    replaced["data"] = property(data.__get__, _replacement("Tensor.data", data.__set__))
+    namespaces.append((paddle.Tensor, methods, replaced))
+    return namespaces
+
+
+def _replacement(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        entry = _handlers.get()
+        if entry is None:
+            return operator(*args, **kwargs)
+        handler, outer = entry
+        token = _handlers.set(outer)
+        try:
+            return handler(name, call, args, kwargs)
+        finally:
+            _handlers.reset(token)
+
+    call.__name__ = name
+    return call
