@@ -15,7 +15,11 @@ from fast_diffusers import __version__, doctor
 from fast_diffusers.errors import UserError
 
 # Imported when called: this package does not depend on distill.
-TRAINERS = {"flux-lightning": "distill.train_flux_lightning", "teacher": "distill.train_teacher"}
+TRAINERS = {
+    "flux-lightning": "distill.train_flux_lightning",
+    "twinflow": "distill.train_twinflow",
+    "teacher": "distill.train_teacher",
+}
 SCRIPTS = {"demo": "distill.demo", "eval": "distill.evaluate"}
 
 
@@ -57,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a teacher or a few-step student")
     methods = train.add_subparsers(dest="method", required=True, metavar="METHOD")
     methods.add_parser("flux-lightning", add_help=False, help="distil a flow model into a few-step LoRA student")
+    methods.add_parser("twinflow", add_help=False, help="train an any-step student by TwinFlow or RCGM")
     methods.add_parser("teacher", add_help=False, help="train a small FLUX teacher from scratch")
     _add_sample_arguments(commands.add_parser("sample", help="generate images", allow_abbrev=False))
     commands.add_parser("eval", add_help=False, help="measure a student against its teacher and real data")

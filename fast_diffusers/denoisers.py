@@ -8,6 +8,8 @@ from typing import Protocol
 import paddle
 from paddle import Tensor, nn
 
+from fast_diffusers.target_time import AttachedDenoiser, attached
+
 
 class Denoiser(Protocol):
     """A velocity model: v = denoiser(x, t, cond), v being the prediction of noise minus data."""
@@ -144,10 +146,11 @@ ADAPTERS = {"FluxTransformer2DModel": FluxDenoiser}
 
 
 def denoiser_for(transformer: nn.Layer) -> Denoiser:
-    """The denoiser of a transformer, chosen by its class (or a base class of it)."""
+    """The denoiser of a transformer, chosen by its class (or a base class of it); see also `target_time.attach`."""
     for cls in type(transformer).__mro__:
         if cls.__name__ in ADAPTERS:
-            return ADAPTERS[cls.__name__](transformer)
+            denoiser = ADAPTERS[cls.__name__](transformer)
+            return AttachedDenoiser(denoiser) if attached(transformer) else denoiser
     raise TypeError(f"no denoiser adapter for {type(transformer).__name__}; there are adapters for {sorted(ADAPTERS)}")
 
 

@@ -1,12 +1,18 @@
-"""The straight path between data and noise, and the conversions along it.
+"""Paths between data and noise, and the conversions along them.
 
-x_t = (1 - t) x0 + t eps, velocity v = eps - x0. Everything is computed in float32, or in float64 for float64 states.
+A transport mixes data x0 and noise z at time t into x_t = gamma(t) x0 + alpha(t) z; a model of it predicts the velocity
+F = dx_t/dt = gamma'(t) x0 + alpha'(t) z. Everything is computed in float32, or in float64 for float64 states.
 """
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar, TypeVar
+
 import paddle
 from paddle import Tensor
+
+Time = TypeVar("Time", float, Tensor)
 
 
 def expand_time(t: Tensor | float, like: Tensor) -> Tensor:
@@ -21,13 +27,82 @@ def expand_time(t: Tensor | float, like: Tensor) -> Tensor:
     return t.astype(_state_dtype(like)).reshape([-1] + [1] * (like.ndim - 1))
 
 
-class LinearPath:
-    """x_t = (1 - t) x0 + t eps (rectified flow). Times are scalars or [B]; states are [B, ...] of any float dtype."""
+class Transport:
+    """A path by its coefficients alpha (of noise) and gamma (of data), functions of |t| (UCGM, arXiv 2505.07447).
+
+    A negative time stands for the twin branch of TwinFlow (arXiv 2512.05150) at |t|; only the model tells them apart.
+    Times are scalars or [B], states [B, ...] of any float dtype.
+    """
+
+    noise_time: ClassVar[float]
+    """Where the path is pure noise; sampling starts there."""
+    data_time: ClassVar[float]
+    """Where the path is data."""
+
+    def alpha(self, t: Time) -> Time:
+        """Coefficient of the noise at |t|, for a number or a tensor."""
+        raise NotImplementedError
+
+    def gamma(self, t: Time) -> Time:
+        """Coefficient of the data at |t|."""
+        raise NotImplementedError
+
+    def alpha_slope(self, t: Time) -> Time:
+        """Derivative of alpha at |t|."""
+        raise NotImplementedError
+
+    def gamma_slope(self, t: Time) -> Time:
+        """Derivative of gamma at |t|."""
+        raise NotImplementedError
+
+    def interpolate(self, x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
+        """The state at time t between data x0 and noise eps."""
+        t = expand_time(t, x0)
+        return self.gamma(t) * _state(x0) + self.alpha(t) * _state(eps)
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
+        """The velocity at time t on the path between x0 and eps, which a model regresses."""
+        t = expand_time(t, x0)
+        return self.gamma_slope(t) * _state(x0) + self.alpha_slope(t) * _state(eps)
+
+    def predict(self, x: Tensor, velocity: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """(x_hat, z_hat), the data and the noise that a velocity at (x, t) points to.
+
+        They solve x = gamma x_hat + alpha z_hat and F = gamma' x_hat + alpha' z_hat.
+        """
+        t, x, velocity = expand_time(t, x), _state(x), _state(velocity)
+        alpha, gamma, alpha_slope, gamma_slope = self.alpha(t), self.gamma(t), self.alpha_slope(t), self.gamma_slope(t)
+        determinant = alpha * gamma_slope - gamma * alpha_slope
+        x_hat = (alpha * velocity - alpha_slope * x) / determinant
+        z_hat = (gamma_slope * x - gamma * velocity) / determinant
+        return x_hat, z_hat
+
+
+class LinearPath(Transport):
+    """x_t = (1 - t) x0 + t eps, v = eps - x0 (rectified flow), noise at t = 1."""
+
+    noise_time, data_time = 1.0, 0.0
+
+    def alpha(self, t: Time) -> Time:
+        """See `Transport`."""
+        return abs(t)
+
+    def gamma(self, t: Time) -> Time:
+        """See `Transport`."""
+        return 1 - abs(t)
+
+    def alpha_slope(self, t: Time) -> Time:
+        """See `Transport`."""
+        return 0 * t + 1
+
+    def gamma_slope(self, t: Time) -> Time:
+        """See `Transport`."""
+        return 0 * t - 1
 
     @staticmethod
     def interpolate(x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
-        """The state at time t between data x0 and noise eps."""
-        t = expand_time(t, x0)
+        """The state at time |t| between data x0 and noise eps."""
+        t = expand_time(t, x0).abs()
         return (1 - t) * _state(x0) + t * _state(eps)
 
     @staticmethod
@@ -38,12 +113,12 @@ class LinearPath:
     @staticmethod
     def x0_from_velocity(x: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
         """The data that a velocity at (x, t) points to."""
-        return _state(x) - expand_time(t, x) * _state(velocity)
+        return _state(x) - expand_time(t, x).abs() * _state(velocity)
 
     @staticmethod
     def noise_from_velocity(x: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
         """The noise that a velocity at (x, t) comes from."""
-        return _state(x) + (1 - expand_time(t, x)) * _state(velocity)
+        return _state(x) + (1 - expand_time(t, x).abs()) * _state(velocity)
 
     @staticmethod
     def renoise(x: Tensor, t_from: Tensor | float, t_to: Tensor | float, noise: Tensor) -> Tensor:
@@ -69,6 +144,62 @@ class LinearPath:
         """
         ratio = _noise_ratio(expand_time(t_from, x), expand_time(t_to, x))
         return (1 - ratio) * _state(x) + ratio * _state(noise)
+
+
+class Relinear(Transport):
+    """The linear path with time reversed: x_t = t x0 + (1 - t) eps, F = x0 - eps, noise at t = 0 and data at t = 1."""
+
+    noise_time, data_time = 0.0, 1.0
+
+    def alpha(self, t: Time) -> Time:
+        """See `Transport`."""
+        return 1 - abs(t)
+
+    def gamma(self, t: Time) -> Time:
+        """See `Transport`."""
+        return abs(t)
+
+    def alpha_slope(self, t: Time) -> Time:
+        """See `Transport`."""
+        return 0 * t - 1
+
+    def gamma_slope(self, t: Time) -> Time:
+        """See `Transport`."""
+        return 0 * t + 1
+
+
+class TrigFlow(Transport):
+    """x_t = cos(t) x0 + sin(t) eps with the angle t in [0, pi/2] (sCM, arXiv 2410.11081), noise at t = pi/2.
+
+    UCGM writes the same path over [0, 1]; its time is 2 t / pi, and its velocity ours times pi / 2. Noise and data are
+    those of the state: whoever scales by sigma_data scales both.
+    """
+
+    noise_time, data_time = math.pi / 2, 0.0
+
+    def alpha(self, t: Time) -> Time:
+        """See `Transport`."""
+        return _sin(abs(t))
+
+    def gamma(self, t: Time) -> Time:
+        """See `Transport`."""
+        return _cos(abs(t))
+
+    def alpha_slope(self, t: Time) -> Time:
+        """See `Transport`."""
+        return _cos(abs(t))
+
+    def gamma_slope(self, t: Time) -> Time:
+        """See `Transport`."""
+        return -_sin(abs(t))
+
+
+def _sin(t: Time) -> Time:
+    return paddle.sin(t) if isinstance(t, Tensor) else math.sin(t)
+
+
+def _cos(t: Time) -> Time:
+    return paddle.cos(t) if isinstance(t, Tensor) else math.cos(t)
 
 
 def _noise_ratio(t_from: Tensor, t_to: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """LoRA: named low-rank adapters on a model's linear layers, and their files."""
 
-from fast_diffusers.lora.files import load, save
+from fast_diffusers.lora.files import load, read_header, save
 from fast_diffusers.lora.layers import (
     LoRAConfig,
     LoRALinear,
@@ -26,6 +26,7 @@ __all__ = [
     "inject",
     "load",
     "parameters",
+    "read_header",
     "remove",
     "save",
     "set_default",

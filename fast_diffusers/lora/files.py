@@ -12,8 +12,10 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -48,11 +50,13 @@ def save(
     name: str = "default",
     layout: str = "paddle",
     prefix: str = "transformer",
+    header: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes an adapter with its alpha.
 
     path: a .safetensors file, or a directory that gets the file under the name its layout has everywhere. layout:
-    "paddle" or "diffusers". prefix: the model's name within its pipeline, put before every tensor's name.
+    "paddle" or "diffusers". prefix: the model's name within its pipeline, put before every tensor's name. header: more
+    entries of the file's header (`read_header`), which other programs ignore.
     Returns the file written.
     """
     if layout not in FILE_NAMES:
@@ -69,7 +73,7 @@ def save(
         "rank_pattern": {f"^{key}": rank for key, rank in ranks.items() if rank != config.rank},
         "alpha_pattern": {f"^{key}": alpha for key, alpha in alphas.items() if alpha != config.alpha},
     }
-    header = json.dumps({f"{prefix}.{key}": value for key, value in metadata.items()}, sort_keys=True)
+    described = json.dumps({f"{prefix}.{key}": value for key, value in metadata.items()}, sort_keys=True)
     tensors = {
         f"{prefix}.{key}": (weight.detach().cpu() if layout == "paddle" else weight.detach().cpu().T).contiguous()
         for key, weight in state.items()
@@ -78,7 +82,7 @@ def save(
     if file.suffix != ".safetensors":
         file = file / FILE_NAMES[layout]
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": FORMATS[layout], METADATA_KEY: header})
+    save_file(tensors, file, metadata={**(header or {}), "format": FORMATS[layout], METADATA_KEY: described})
     return file
 
 
@@ -123,6 +127,13 @@ def load(
     return add_adapter(model, name, adapter, targets)
 
 
+def read_header(path: str | os.PathLike) -> tuple[Path, dict[str, str]]:
+    """The LoRA file that `load` would read, and the entries of its header. Errors as there."""
+    file = _locate(Path(path))
+    with _opened(file) as handle:
+        return file, handle.metadata() or {}
+
+
 def _locate(path: Path) -> Path:
     if path.is_dir():
         files = [path / name for name in FILE_NAMES.values() if (path / name).is_file()]
@@ -134,14 +145,21 @@ def _locate(path: Path) -> Path:
     return path
 
 
-def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The file's tensors (bfloat16 and float16 as float32) and its header."""
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; a UserError where it turns out not to be one."""
     try:
         with safe_open(str(file), framework="paddle", device="cpu") as handle:
-            tensors = {key: handle.get_tensor(key) for key in sorted(handle.keys())}
-            header = handle.metadata() or {}
+            yield handle
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file ({error}): truncated or corrupt?") from error
+
+
+def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The file's tensors (bfloat16 and float16 as float32) and its header."""
+    with _opened(file) as handle:
+        tensors = {key: handle.get_tensor(key) for key in sorted(handle.keys())}
+        header = handle.metadata() or {}
     low = (paddle.bfloat16, paddle.float16)
     return {k: (v.astype("float32") if v.dtype in low else v).numpy() for k, v in tensors.items()}, header
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 import paddle
 from paddle import Tensor
-from ppdiffusers import DiffusionPipeline
+from ppdiffusers import DiffusionPipeline, SchedulerMixin
 from ppdiffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from fast_diffusers.conditioning import Cond
@@ -29,7 +29,9 @@ from fast_diffusers.pipelines.components import (
 )
 from fast_diffusers.pipelines.lora_methods import LoRAMethods
 from fast_diffusers.random import AnyGenerator, randn
+from fast_diffusers.schedulers import UnifiedScheduler
 from fast_diffusers.schedulers.base import FlowMatchScheduler
+from fast_diffusers.target_time import TargetTime, attach, save_attached
 from fast_diffusers.time_grids import scheduler_mu
 
 logger = logging.getLogger(__name__)
@@ -128,7 +130,10 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
                 if name not in index:
                     raise UserError(f"{directory / INDEX} has no {name!r}; pass {name}= (None to do without it)")
                 arguments[name] = load_component(directory, name, index[name], paddle_dtype)
-        return cls(**arguments)
+        pipe = cls(**arguments)
+        if "transformer" not in components and (way := TargetTime.load(directory, pipe.transformer)):
+            attach(pipe.transformer, way)
+        return pipe
 
     @classmethod
     def _class_named(cls, name: str, directory: Path) -> type[Self]:
@@ -154,6 +159,7 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
             if component is not None:
                 save_component(component, directory / name, layout)
         names = set(inspect.signature(type(self).__init__).parameters) & set(self.config) - set(components)
+        save_attached(self.transformer, directory)
         write_index(directory, type(self).__name__, {name: self.config[name] for name in names} | entries)
 
     # ---- generation --------------------------------------------------------------------------------------------------
@@ -219,6 +225,8 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
     ) -> Tensor:
         """Run the scheduler's steps from `latents` to data, float32."""
         scheduler, denoiser = self.scheduler, self.denoiser
+        target_times = getattr(scheduler, "target_times", None)
+        _check_target_times(scheduler, denoiser)
         # ppdiffusers' own schedulers know another kind of generator, which does nothing on CPU.
         options = {"generator": generator} if isinstance(scheduler, FlowMatchScheduler) else {}
         if hasattr(scheduler, "set_begin_index"):
@@ -226,7 +234,8 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
         with self.progress_bar(total=scheduler.timesteps.shape[0]) as progress:
             for i, timestep in enumerate(scheduler.timesteps):
                 t = timestep / scheduler.config.num_train_timesteps
-                velocity = denoiser(latents, t, cond, guidance=guidance)
+                target_t = None if target_times is None else target_times[i]
+                velocity = denoiser(latents, t, cond, target_t=target_t, guidance=guidance)
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
                 if callback is not None:
                     tensors = {"latents": latents, **cond}
@@ -285,6 +294,21 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
             return images
         images = images.transpose([0, 2, 3, 1]).numpy()
         return images if output_type == "np" else self.numpy_to_pil(images)
+
+
+def _check_target_times(scheduler: SchedulerMixin, denoiser: Denoiser) -> None:
+    """UserError unless the model reads times as the scheduler gives them."""
+    if not isinstance(scheduler, UnifiedScheduler):
+        return
+    takes_target_time = getattr(denoiser, "takes_target_time", False)
+    shortcut = scheduler.config.time_input == "shortcut"
+    if shortcut and takes_target_time:
+        raise UserError('this model is told its target time: use time_input "pair" in place of "shortcut"')
+    if not shortcut and not takes_target_time and scheduler.config.style == "any":
+        raise UserError(
+            'style "any" needs a model that is told its target time, and this one is not: use style "few" or "mul", or '
+            'time_input "shortcut" if it was trained with that'
+        )
 
 
 def as_prompts(prompt: str | Sequence[str], what: str = "prompt") -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from paddle import nn
 
-from fast_diffusers import lora
+from fast_diffusers import lora, target_time
 from fast_diffusers.errors import UserError
 from fast_diffusers.lora.layers import find_set
 
@@ -29,6 +29,8 @@ class LoRAMethods:
     ) -> None:
         """Add an adapter and make it the one that runs; see `fast_diffusers.lora.load`.
 
+        An adapter that was trained to be told its target time (the file's header says so) will be, whenever it runs.
+
         Args:
             path: a file, or a folder with a file of a known name.
             weight_name: the file's name in the folder `path`, if it is another.
@@ -38,7 +40,10 @@ class LoRAMethods:
         Raises:
             FileNotFoundError, UserError: no such file, or it does not fit this transformer.
         """
-        lora.load(self.transformer, Path(path, weight_name or ""), name=adapter_name, alpha=alpha)
+        file = Path(path, weight_name or "")
+        way = target_time.of_lora(file, self.transformer)
+        lora.load(self.transformer, file, name=adapter_name, alpha=alpha)
+        target_time.attach(self.transformer, way, adapter_name)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
         """Choose the adapters that run, each with its weight (one number for all, or one each)."""
@@ -63,6 +68,8 @@ class LoRAMethods:
             fused = adapters.fused
             lora.unfuse(self.transformer)
             lora.fuse(self.transformer, fused, keep_base=False)
+            for way in filter(None, map(target_time.attached(self.transformer).get, fused)):
+                target_time.attach(self.transformer, way)
         for name in lora.adapters(self.transformer):
             lora.remove(self.transformer, name)
 

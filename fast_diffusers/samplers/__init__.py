@@ -2,5 +2,6 @@
 
 from fast_diffusers.samplers.euler import euler
 from fast_diffusers.samplers.phased import phased
+from fast_diffusers.samplers.unified import unified
 
-__all__ = ["euler", "phased"]
+__all__ = ["euler", "phased", "unified"]

@@ -39,12 +39,17 @@ def run(
     for i in range(len(sigmas) - 1):
         target = times[-1 if aim_at_data else i + 1]
         v = velocity(x, times[i].expand([batch]), target.expand([batch]))
-        if v.shape != x.shape:
-            raise ValueError(f"velocity(x, t, target_t) returned shape {list(v.shape)} for a state {list(x.shape)}")
+        check_velocity(v, x)
         x = step(x, v.astype("float32"), float(sigmas[i]), float(sigmas[i + 1]))
         if callback is not None:
             callback(i, float(sigmas[i + 1]), x)
     return x
+
+
+def check_velocity(v: Tensor, x: Tensor) -> None:
+    """Raise unless the velocity has the state's shape."""
+    if v.shape != x.shape:
+        raise ValueError(f"velocity(x, t, target_t) returned shape {list(v.shape)} for a state {list(x.shape)}")
 
 
 def check_steps(steps: int) -> None:

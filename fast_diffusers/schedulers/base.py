@@ -37,6 +37,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas: Tensor | None = None
         self.num_inference_steps: int | None = None
         self._sigmas: np.ndarray | None = None
+        self._timesteps: np.ndarray | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
@@ -103,10 +104,15 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 "see fast_diffusers.time_grids.dynamic_shift_mu"
             )
         levels = self._levels(num_inference_steps, sigmas, mu)
+        self._visit(levels, levels[:-1])
+
+    def _visit(self, levels: np.ndarray, asked: np.ndarray) -> None:
+        """Go back to the start of steps between `levels` that ask the model at the times `asked`; both float32."""
         self._sigmas = levels
         self.sigmas = paddle.to_tensor(levels)
-        self.timesteps = paddle.to_tensor(levels[:-1] * np.float32(self.config.num_train_timesteps))
-        self.num_inference_steps = num_inference_steps
+        self._timesteps = asked * np.float32(self.config.num_train_timesteps)
+        self.timesteps = paddle.to_tensor(self._timesteps)
+        self.num_inference_steps = len(levels) - 1
         self._step_index = None
         self._begin_index = None
 
@@ -135,24 +141,34 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("call set_timesteps before step")
         if self._step_index is None:
             self._step_index = self._index_for(timestep) if self._begin_index is None else self._begin_index
-        if self._step_index >= self.num_inference_steps:
+        if self._step_index >= len(self._timesteps):
             raise ValueError(f"all {self.num_inference_steps} steps are taken: call set_timesteps for the next image")
-        sigma, sigma_next = (float(s) for s in self._sigmas[self._step_index : self._step_index + 2])
-        x = self._advance(sample.astype("float32"), model_output.astype("float32"), sigma, sigma_next, generator)
+        x = self._step_at(self._step_index, sample, model_output, generator)
         self._step_index += 1
         return FlowMatchSchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+    def _step_at(
+        self,
+        index: int,
+        sample: Tensor,
+        velocity: Tensor,
+        generator: AnyGenerator | Sequence[AnyGenerator] | None,
+    ) -> Tensor:
+        """What `step` does with the velocity at `timesteps[index]`."""
+        sigma, sigma_next = (float(s) for s in self._sigmas[index : index + 2])
+        return self._advance(sample.astype("float32"), velocity.astype("float32"), sigma, sigma_next, generator)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor | float, noise: Tensor) -> Tensor:
         """The state between data and noise at `timestep`, a scalar or [B] in [0, num_train_timesteps]; float32."""
         return LinearPath.interpolate(sample, noise, timestep / self.config.num_train_timesteps)
 
     def _index_for(self, timestep: Tensor | float) -> int:
-        timesteps = self._sigmas[:-1] * np.float32(self.config.num_train_timesteps)
-        distance = np.abs(timesteps - float(timestep))
-        index = int(distance.argmin())
+        distance = np.abs(self._timesteps - float(timestep))
+        # The last one of equals: where a second-order step ends, the next one begins.
+        index = len(distance) - 1 - int(distance[::-1].argmin())
         if distance[index] > 1e-5 * self.config.num_train_timesteps:
             raise ValueError(
-                f"timestep {float(timestep):g} is not one of this scheduler's timesteps {timesteps.tolist()}; "
+                f"timestep {float(timestep):g} is not one of this scheduler's timesteps {self._timesteps.tolist()}; "
                 "pass the elements of scheduler.timesteps, not their indices"
             )
         return index

@@ -3,7 +3,7 @@ import paddle
 import pytest
 
 from fast_diffusers.random import Generator, randn
-from fast_diffusers.transports import LinearPath, expand_time
+from fast_diffusers.transports import LinearPath, Relinear, TrigFlow, expand_time
 
 TIMES = paddle.to_tensor([0.0, 0.3, 1.0])
 
@@ -99,3 +99,43 @@ def test_renoising_edges(pair):
     per_sample = LinearPath.renoise(x, TIMES * 0.5, TIMES * 0.8, noise)
     alone = LinearPath.renoise(x[1:2], 0.15, 0.24, noise[1:2])
     np.testing.assert_allclose(per_sample[1:2].numpy(), alone.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("path", [LinearPath(), TrigFlow(), Relinear()], ids=lambda path: type(path).__name__)
+class TestTransport:
+    def test_ends(self, path, pair):
+        x0, eps = pair
+        np.testing.assert_allclose(path.interpolate(x0, eps, path.noise_time).numpy(), eps.numpy(), atol=1e-6)
+        assert paddle.equal_all(path.interpolate(x0, eps, path.data_time), x0)
+
+    def test_velocity_is_the_time_derivative(self, path, pair):
+        x0, eps = (x.astype("float64") for x in pair)
+        slope = (path.interpolate(x0, eps, 0.4 + 1e-6) - path.interpolate(x0, eps, 0.4 - 1e-6)) / 2e-6
+        np.testing.assert_allclose(slope.numpy(), path.velocity(x0, eps, 0.4).numpy(), atol=1e-8)
+
+    @pytest.mark.parametrize("sign", [1, -1], ids=["real", "twin"])
+    def test_prediction_inverts_the_path(self, path, pair, sign):
+        x0, eps = pair
+        x, v = path.interpolate(x0, eps, TIMES), path.velocity(x0, eps, TIMES)
+        x_hat, z_hat = path.predict(x, v, sign * TIMES)
+        np.testing.assert_allclose(x_hat.numpy(), x0.numpy(), atol=2e-6)
+        np.testing.assert_allclose(z_hat.numpy(), eps.numpy(), atol=2e-6)
+        assert paddle.equal_all(path.interpolate(x0, eps, sign * TIMES), x)
+
+    def test_coefficients_take_numbers_and_tensors(self, path):
+        for coefficient in (path.alpha, path.gamma, path.alpha_slope, path.gamma_slope):
+            values = coefficient(paddle.to_tensor([0.3, -0.3], dtype="float64")).tolist()
+            assert values == pytest.approx([coefficient(0.3), coefficient(-0.3)], abs=1e-12)
+
+    def test_precision(self, path, pair):
+        for dtype, computed in (("bfloat16", paddle.float32), ("float64", paddle.float64)):
+            x, v = (each.astype(dtype) for each in pair)
+            assert [each.dtype for each in path.predict(x, v, 0.5)] == [computed, computed]
+
+
+def test_linear_shortcuts_are_its_predictions(pair):
+    x, v = pair
+    for t in (TIMES, -TIMES):
+        x_hat, z_hat = LinearPath().predict(x, v, t)
+        np.testing.assert_allclose(LinearPath.x0_from_velocity(x, v, t).numpy(), x_hat.numpy(), atol=1e-6)
+        np.testing.assert_allclose(LinearPath.noise_from_velocity(x, v, t).numpy(), z_hat.numpy(), atol=1e-6)

@@ -5,12 +5,13 @@ import paddle
 import pytest
 
 from fast_diffusers.random import Generator, randn
-from fast_diffusers.samplers import euler, phased
-from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler, PhasedConsistencyScheduler
+from fast_diffusers.samplers import euler, phased, unified
+from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler, PhasedConsistencyScheduler, UnifiedScheduler
 from fast_diffusers.time_grids import PhaseGrid, dynamic_shift_mu
 
 SHAPE = [2, 3, 4, 4]
-CLASSES = [FlowMatchEulerDiscreteScheduler, PhasedConsistencyScheduler]
+SHIFTING = [FlowMatchEulerDiscreteScheduler, PhasedConsistencyScheduler]
+CLASSES = [*SHIFTING, UnifiedScheduler]
 FLUX_DEV = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "_diffusers_version": "0.30.0.dev0",
@@ -32,7 +33,7 @@ def run(scheduler, velocity, x, generator=None):
     return x
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", SHIFTING)
 @pytest.mark.parametrize(
     ("config", "levels"),
     [(FLUX_DEV, [1, 0.9045, 0.7595, 0.5128, 0]), (FLUX_SCHNELL, [1, 0.75, 0.5, 0.25, 0])],
@@ -56,12 +57,22 @@ def test_constant_shift():
     np.testing.assert_allclose(scheduler.sigmas.numpy(), [2.4 / 2.6, 0.6 / 1.4, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_saves_and_loads(cls, tmp_path):
-    cls(shift=2.0, use_dynamic_shifting=True, max_shift=1.3).save_pretrained(str(tmp_path))
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        *((cls, {"shift": 2.0, "use_dynamic_shifting": True, "max_shift": 1.3}) for cls in SHIFTING),
+        (
+            UnifiedScheduler,
+            {"order": 2, "stochasticity": "sde", "extrapolation": 0.5, "time_warp": [1.17, 0.8, 1.1]}
+            | {"gap": [0.001, 0.5], "style": "any", "time_input": "shortcut", "correction": "balanced"},
+        ),
+    ],
+)
+def test_saves_and_loads(cls, settings, tmp_path):
+    cls(**settings).save_pretrained(str(tmp_path))
     loaded = cls.from_pretrained(str(tmp_path))
     assert type(loaded) is cls
-    assert (loaded.config.shift, loaded.config.use_dynamic_shifting, loaded.config.max_shift) == (2.0, True, 1.3)
+    assert {name: loaded.config[name] for name in settings} == settings
 
 
 def test_swaps_by_from_config_without_losing_settings():
@@ -71,6 +82,16 @@ def test_swaps_by_from_config_without_losing_settings():
     back = PhasedConsistencyScheduler.from_config(plain.config)
     assert (back.config.num_cells, back.config.num_phases, back.config.stochastic) == (60, 3, True)
     assert set(plain.compatibles) >= set(CLASSES)
+
+
+def test_swaps_to_the_unified_scheduler_and_back():
+    flux = FlowMatchEulerDiscreteScheduler.from_config(FLUX_DEV)
+    unified_scheduler = UnifiedScheduler.from_config(flux.config, style="mul", gap=(0.0, 0.1))
+    unified_scheduler.set_timesteps(2, mu=0.8)
+    np.testing.assert_allclose(unified_scheduler.timesteps.numpy(), [1000, 100], err_msg="no shift")
+    back = FlowMatchEulerDiscreteScheduler.from_config(unified_scheduler.config)
+    assert (back.config.shift, back.config.use_dynamic_shifting) == (3.0, True)
+    assert UnifiedScheduler.from_config(back.config).config.gap == (0.0, 0.1)
 
 
 def test_euler_loop_is_the_sampler(gaussian):
@@ -97,6 +118,100 @@ def test_phased_loop_is_the_sampler(gaussian, stochastic, steps):
         generator=Generator(1),
     )
     np.testing.assert_allclose(result.numpy(), expected.numpy(), atol=1e-6)
+
+
+UNIFIED = [
+    {"style": "mul"},
+    {"style": "few", "stochasticity": 1.0, "gap": (0.001, 0.5)},
+    {"style": "any", "stochasticity": "sde", "extrapolation": 0.3, "time_warp": (1.2, 0.8, 1.1)},
+    {"style": "mul", "order": 2},
+    {"style": "mul", "order": 2, "correction": "balanced"},
+    {"style": "any", "order": 2, "stochasticity": 0.5, "gap": (0.2, 0.1), "extrapolation": 0.3},
+]
+
+
+def run_unified(scheduler, velocity, x, generator):
+    """As a pipeline that tells its model the target time; the state is rounded to x's dtype after every step."""
+    dtype = x.dtype
+    for timestep, target in zip(scheduler.timesteps, scheduler.target_times, strict=True):
+        t = timestep.expand([x.shape[0]]) / scheduler.config.num_train_timesteps
+        v = velocity(x, t, target.expand([x.shape[0]]))
+        x = scheduler.step(v, timestep, x, generator=generator, return_dict=False)[0].astype(dtype)
+    return x
+
+
+@pytest.mark.parametrize("settings", UNIFIED, ids=str)
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_unified_loop_is_the_sampler(settings, steps):
+    def velocity(x, t, target_t):
+        t, target_t = (each.reshape([-1, 1, 1, 1]) for each in (t, target_t))
+        return paddle.sin(x + 2 * t) + target_t * x + target_t**2
+
+    noise = randn(SHAPE, Generator(0))
+    scheduler = UnifiedScheduler(**settings)
+    scheduler.set_timesteps(steps)
+    result = run_unified(scheduler, velocity, noise, Generator(1))
+    expected = unified(velocity, noise, steps=steps, generator=Generator(1), **settings)
+    np.testing.assert_allclose(result.numpy(), expected.numpy(), rtol=1e-6, atol=1e-6)
+    again = UnifiedScheduler.from_config(scheduler.config)
+    again.set_timesteps(steps)
+    assert paddle.equal_all(run_unified(again, velocity, noise, Generator(1)), result)
+
+
+def test_second_order_visits_the_end_of_each_step_but_the_last():
+    scheduler = UnifiedScheduler(order=2, style="any")
+    scheduler.set_timesteps(5)
+    np.testing.assert_allclose(scheduler.timesteps.numpy(), np.array([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3]) * 1000, rtol=1e-6)
+    np.testing.assert_allclose(scheduler.target_times.numpy(), [2 / 3, 2 / 3, 1 / 3, 1 / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(scheduler.sigmas.numpy(), [1, 2 / 3, 1 / 3, 0], rtol=1e-6)
+    assert scheduler.target_times.dtype == paddle.float32
+    assert (scheduler.num_inference_steps, scheduler.order) == (3, 2)
+
+
+def test_shortcut_shows_one_time_and_finds_its_own_place():
+    """Two of these timesteps are equal and one is larger than the one before: no place can be looked up."""
+    noise, seen = randn(SHAPE, Generator(0)), []
+    scheduler = UnifiedScheduler(order=2, style="any", time_input="shortcut")
+    scheduler.set_timesteps(3)
+    assert scheduler.target_times is None
+    np.testing.assert_allclose(scheduler.timesteps.numpy(), [750, 250, 500])
+    x = noise
+    for timestep in scheduler.timesteps:
+        seen.append(float(timestep) / 1000)
+        x = scheduler.step(seen[-1] * x, timestep, x).prev_sample
+    expected = unified(
+        lambda x, t, target_t: (t - target_t / 2).reshape([-1, 1, 1, 1]) * x, noise, steps=3, order=2, style="any"
+    )
+    np.testing.assert_allclose(x.numpy(), expected.numpy(), rtol=1e-6, atol=1e-6)
+    scheduler.set_timesteps(3)
+    with pytest.raises(ValueError, match="timestep 500 is not the first one, 750"):
+        scheduler.step(noise, 500.0, noise)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_unified_state_survives_the_rounding_of_the_pipeline(dtype):
+    """Velocities that do not depend on the state: only the rounding of what the pipeline carries could enter."""
+    noise = randn(SHAPE, Generator(0)).astype(dtype)
+    scheduler = UnifiedScheduler(style="mul")
+    scheduler.set_timesteps(50)
+    x = run_unified(scheduler, lambda x, t, target_t: paddle.full(SHAPE, 0.1), noise, None)
+    expected = (noise.astype("float64") - 0.1).astype(dtype)
+    np.testing.assert_allclose(x.astype("float32").numpy(), expected.astype("float32").numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize("changed_at", [0, 1, 2])
+def test_unified_goes_on_from_a_state_that_was_changed(changed_at):
+    scheduler = UnifiedScheduler(order=2, style="mul")
+    scheduler.set_timesteps(5)
+    x = paddle.zeros(SHAPE)
+    for i, timestep in enumerate(scheduler.timesteps):
+        x = scheduler.step(paddle.zeros(SHAPE), timestep, x).prev_sample
+        if i == changed_at:
+            x = x + 1
+    # Between the evaluations of a step, a change moves only what the second one sees: data and noise become 1 there.
+    after_first = (1 / 3) * (0 + 1) / 2
+    after_second = (1 / 3 - (2 / 3) * (2 / 3) / (1 / 3)) * (0 + 1) / 2
+    assert float(x.mean()) == pytest.approx({0: after_first, 1: 1, 2: after_second}[changed_at])
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -167,8 +282,32 @@ def test_wrong_order_of_calls(cls):
         (FlowMatchEulerDiscreteScheduler.from_config(FLUX_DEV), {"num_inference_steps": 4}, "pass mu"),
         (PhasedConsistencyScheduler(), {"sigmas": [1.0, 0.5]}, "phase boundaries"),
         (PhasedConsistencyScheduler(num_cells=8), {"num_inference_steps": 9}, "only 8 cells"),
+        (UnifiedScheduler(), {"sigmas": [1.0, 0.5]}, "times of gap and time_warp"),
+        (UnifiedScheduler(), {}, "pass num_inference_steps"),
+        (UnifiedScheduler(), {"num_inference_steps": 0}, "at least 1, got 0"),
     ],
 )
 def test_bad_settings(scheduler, settings, message):
     with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"order": 3}, "order must be 1 or 2"), ({"time_input": "both"}, "pair, shortcut, got 'both'")],
+)
+def test_bad_unified_configuration(settings, message):
+    with pytest.raises(ValueError, match=message):
+        UnifiedScheduler(**settings)
+
+
+def test_a_correction_needs_its_step():
+    scheduler = UnifiedScheduler(order=2)
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(1)
+    x = paddle.zeros(SHAPE)
+    with pytest.raises(ValueError, match="second evaluation of a step comes after its first"):
+        scheduler.step(x, scheduler.timesteps[1], x)
+    scheduler.set_timesteps(5)
+    scheduler.step(x, scheduler.timesteps[1], x)
+    assert scheduler.step_index == 3, "a step begins there too"
