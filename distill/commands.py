@@ -15,13 +15,14 @@ from distill.config import DataConfig, TrainerConfig
 from distill.data import Loader
 from distill.health import Health
 from distill.logs import plot_losses, save_grid
+from distill.metrics.sampling import Sampler
 from distill.parallel import World, main_first
 from distill.recipe import to_dict
 from distill.stopping import EXIT_CODE, Interrupted, StopRequest
 from distill.trainer import Batch, Method, Trainer
+from fast_diffusers.denoisers import Denoiser
 from fast_diffusers.errors import UserError
-from fast_diffusers.samplers import euler, phased
-from fast_diffusers.time_grids import PhaseGrid
+from fast_diffusers.random import Generator
 
 
 def train_parser(description: str, recipe: str) -> argparse.ArgumentParser:
@@ -126,7 +127,8 @@ class SampleGrid:
     The call returns `sample_statistics` of the latents.
 
     Args:
-        grid: sample with `phased` on these phases; None samples with Euler at shift `mu`.
+        sampler: `sampler(velocity, noise, *, steps, generator)`.
+        seed: of the initial noise, and of what the sampler draws.
         write: False on the ranks that only measure.
     """
 
@@ -139,8 +141,7 @@ class SampleGrid:
         *,
         steps: int,
         prompts: list[str],
-        mu: float = 0.0,
-        grid: PhaseGrid | None = None,
+        sampler: Sampler,
         seed: int = 0,
         write: bool = True,
     ):
@@ -148,15 +149,13 @@ class SampleGrid:
         shape += [data.height // pipe.pixels_per_latent, data.width // pipe.pixels_per_latent]
         self.noise = paddle.to_tensor(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
         self.pipe, self.encoder, self.prompts, self.folder = pipe, encoder, prompts, folder
-        self.steps, self.mu, self.grid, self.write = steps, mu, grid, write
+        self.steps, self.sampler, self.seed, self.write = steps, sampler, seed, write
 
     @paddle.no_grad()
-    def __call__(self, done: int) -> dict[str, float]:
-        velocity = self.encoder.velocity(self.pipe.denoiser, self.prompts)
-        if self.grid is None:
-            latents = euler(velocity, self.noise, steps=self.steps, mu=self.mu)
-        else:
-            latents = phased(velocity, self.noise, steps=self.steps, grid=self.grid)
+    def __call__(self, done: int, denoiser: Denoiser | None = None) -> dict[str, float]:
+        """`denoiser`: whose samples; the pipeline's by default."""
+        velocity = self.encoder.velocity(denoiser or self.pipe.denoiser, self.prompts)
+        latents = self.sampler(velocity, self.noise, steps=self.steps, generator=Generator(self.seed))
         if self.write:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_grid(self.pipe.decode_latents(latents), self.folder / f"step-{done:08d}.png", columns=10)

@@ -91,6 +91,7 @@ class TrainerConfig:
     batch_size: int = number(8, minimum=1, doc="samples of one micro-step on one process")
     gradient_accumulation: int = number(1, minimum=1, doc="micro-steps averaged into one step")
     dtype: Literal["float32", "bfloat16"] = entry("float32", doc="of the frozen weights and the forward pass")
+    sharding: Literal["stage2", "stage3"] | None = entry(None, doc="of optimisers over GPUs; see distill.sharding")
     ema_decay: float | None = number(None, minimum=0, below=1, doc="average of the trained weights; null: none")
     gradient_checkpointing: bool = entry(False, doc="recompute block activations in the backward pass")
     seed: int = number(0, minimum=0, maximum=2**63 - 1, doc="of data order, draws and initial weights")

@@ -41,7 +41,9 @@ from distill.metrics.features import (
 from distill.metrics.report import Report, Row, comparison_grid
 from distill.metrics.sampling import Sampler, SampleRunner, Samples, SampleSettings
 from distill.parallel import World, any_rank, init
+from distill.recipe import from_overrides
 from distill.roles import AdapterRole
+from distill.samplers import UnifiedConfig
 from fast_diffusers.denoisers import Denoiser
 from fast_diffusers.errors import UserError
 from fast_diffusers.pipelines import FluxLabelPipeline, Pipeline
@@ -124,7 +126,7 @@ def compare(
         steps: step counts of teacher and student.
         reference_steps: steps of the teacher's samples that all others are measured against; their noise has seed + 1.
         num_cells, num_phases: the solver grid that the student was trained on (`time_grids.PhaseGrid`).
-        student_sampler: `sampler(velocity, noise, *, steps)` instead of `phased` on that grid.
+        student_sampler: `sampler(velocity, noise, *, steps, generator)` instead of `phased` on that grid.
         real: features of real images.
         clip: also report the CLIP score.
         cache: folder where the teacher's samples are kept and found again.
@@ -142,7 +144,12 @@ def compare(
     if labels is not None and settings.num_samples < 2 * len(set(prompts)):
         raise UserError(f"num_samples must be at least two for each of the {len(set(prompts))} labels")
     mu = scheduler_mu(pipe.scheduler.config, runner.num_tokens)
-    student_sampler = student_sampler or partial(phased, grid=PhaseGrid(num_cells, num_phases, mu))
+    described = asdict(settings) | {"reference_steps": reference_steps, "extractor": extractor.identity, "shift": mu}
+    if student_sampler is None:
+        student_sampler = partial(phased, grid=PhaseGrid(num_cells, num_phases, mu))
+        described |= {"num_cells": num_cells, "num_phases": num_phases}
+    elif isinstance(student_sampler, partial):
+        described |= {"student_sampler": student_sampler.func.__name__, **student_sampler.keywords}
     runs = _plan(pipe, student, student_sampler, mu, settings.seed, steps, reference_steps)
     samples = _sample_all(runner, runs, cache and Path(cache))
     reference, same_noise = samples[:2]
@@ -159,8 +166,7 @@ def compare(
         few = each.steps == num_phases or (each.role == "student" and each.steps < num_phases)
         if sample is same_noise or (few and not each.note):
             images[rows[-1].name] = sample.images
-    described = asdict(settings) | {"reference_steps": reference_steps, "extractor": extractor.identity, "shift": mu}
-    return Comparison(Report(tuple(rows), described | {"num_cells": num_cells, "num_phases": num_phases}), images)
+    return Comparison(Report(tuple(rows), described), images)
 
 
 def _plan(
@@ -230,11 +236,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     add("--model", default="digits", help="the teacher: a pipeline folder, or the shipped 'digits' (%(default)s)")
     add("--lora", type=Path, help="the student's LoRA file or folder; without it the teacher alone is measured")
+    add("--student", type=Path, help="the student's pipeline folder, where it is a whole model and not a LoRA")
     add("--lora_alpha", type=float, help="alpha of a LoRA file that does not store it")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as stored)")
     add("--num_samples", type=int, default=2000, help="(%(default)s)")
     add("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="few-step counts (1 2 4 8)")
     add("--reference_steps", type=int, default=50, help="of the teacher's reference samples (%(default)s)")
+    add("--sampler", choices=["phased", "unified"], default="phased", help="of the student (%(default)s)")
+    setting = "a setting of --sampler unified, such as style=few or gap=[0.001,0.6]; repeat for several"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
     add("--num_cells", type=int, default=100, help="of the student's training recipe (%(default)s)")
     add("--num_phases", type=int, default=4, help="of the student's training recipe (%(default)s)")
     add("--guidance_scale", type=float, default=3.5, help="(%(default)s)")
@@ -268,6 +278,15 @@ def choose_extractor(data: str | None, inception: Path | None) -> Extractor:
     return ClassifierFeatures(data)
 
 
+def choose_sampler(name: str, settings: Sequence[str]) -> Sampler | None:
+    """The student's sampler; None for `phased`, whose settings are arguments of `compare`."""
+    if name == "unified":
+        return from_overrides(UnifiedConfig, settings).sampler()
+    if settings:
+        raise UserError(f"--set {settings[0]} is for --sampler unified")
+    return None
+
+
 def read_prompts(path: Path | None, pipe: Pipeline) -> list[str]:
     """The lines of a file that are not empty; without a file, the labels of a model of labels."""
     if path is None:
@@ -285,6 +304,7 @@ def read_prompts(path: Path | None, pipe: Pipeline) -> list[str]:
 def main(argv: list[str] | None) -> None:
     """Evaluate from the command line; mistakes of the user raise UserError or FileNotFoundError."""
     arguments, world = parse_arguments(argv), init()
+    sampler = choose_sampler(arguments.sampler, arguments.set)
     extractor = choose_extractor(arguments.data, arguments.inception)
     clip = ClipScorer(arguments.clip) if arguments.clip else None
     pipe = open_pipeline(arguments.model, arguments.dtype)
@@ -292,6 +312,10 @@ def main(argv: list[str] | None) -> None:
     if arguments.lora is not None:
         pipe.load_lora_weights(arguments.lora, adapter_name="student", alpha=arguments.lora_alpha)
         student = AdapterRole(pipe.denoiser, pipe.transformer, "student")
+    if arguments.student is not None:
+        if student is not None:
+            raise UserError("give --student or --lora, not both")
+        student = open_pipeline(str(arguments.student), arguments.dtype).denoiser
     names = ("num_samples", "seed", "batch_size", "guidance_scale", "height", "width")
     settings = SampleSettings(**{name: getattr(arguments, name) for name in names})
     real = None
@@ -308,6 +332,7 @@ def main(argv: list[str] | None) -> None:
         reference_steps=arguments.reference_steps,
         num_cells=arguments.num_cells,
         num_phases=arguments.num_phases,
+        student_sampler=sampler,
         real=real,
         clip=clip,
         cache=arguments.cache,

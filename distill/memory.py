@@ -110,8 +110,8 @@ class Run:
     adapters: 1, or 2 with a separate fake score. taps: discriminator heads. student_passes: passes through the student
     that one student step differentiates. optimizer, fake_optimizer, head_optimizer: of the student's adapter, the fake
     score's and the heads. encoder_bytes: text encoders and VAE, if they stay in the same memory. shards: processes that
-    share gradients and optimiser moments (ZeRO-2). gpu: its kernels broadcast modulation vectors and, in half
-    precision, keep no attention matrix.
+    share the optimiser moments; gradients are whole on each until they are summed, see `distill.sharding`. gpu: its
+    kernels broadcast modulation vectors and, in half precision, keep no attention matrix.
     """
 
     config: Mapping[str, Any]
@@ -201,8 +201,9 @@ def estimate_memory(run: Run) -> dict[str, int]:
     one_block = max(double, single)
     names = "gradients", "activations, transformer", "activations, heads", "working memory"
     passes = one_pass * (run.student_passes + bool(run.taps))
-    student = adapter / run.shards, passes, logits, max(one_block, side_by_side * run.checkpointing, one_head)
-    discriminator = heads / run.shards, 0.0, 2 * logits, max(one_head, one_block - logits)
+    stay = (run.adapters * adapter + heads) / run.shards if run.shards > 1 else 0.0  # Paddle keeps these buffers
+    student = adapter + stay, passes, logits, max(one_block, side_by_side * run.checkpointing, one_head)
+    discriminator = heads + stay, 0.0, 2 * logits, max(one_head, one_block - logits)
     rows = {
         "transformer, frozen": flux_parameters(run.config) * size,
         "text encoders and VAE": run.encoder_bytes,
@@ -224,8 +225,11 @@ def format_memory(rows: Mapping[str, int]) -> str:
 
 # ---------------------------------------------------------------------------------------------- a recipe's run
 def run_of(recipe: Recipe) -> Run:
-    """The sizes of a recipe. UserError if its model is neither on disk nor a published one."""
-    config, encoders, label_conditioned = _model(recipe.model.path)
+    """The sizes of a recipe. UserError if its model is neither on disk nor a published one.
+
+    A sharded one is spread over as many processes as the launcher's environment says, and at least two.
+    """
+    config, encoders, label_conditioned = model_sizes(recipe.model.path)
     objective, trainer, data = recipe.objective, recipe.trainer, recipe.data
     edge = 2 if label_conditioned else 16
     blocks = config["num_layers"] + config["num_single_layers"]
@@ -247,11 +251,12 @@ def run_of(recipe: Recipe) -> Run:
         fake_optimizer=recipe.fake_optimizer,
         head_optimizer=recipe.discriminator_optimizer,
         encoder_bytes=encoders["vae"] + (0 if data.cache else encoders["text"]),  # none of text's after caching
+        shards=max(2, int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))) if trainer.sharding else 1,
         gpu=trainer.dtype == "bfloat16" or paddle.is_compiled_with_cuda(),
     )
 
 
-def _model(path: str) -> tuple[dict[str, Any], dict[str, int], bool]:
+def model_sizes(path: str) -> tuple[dict[str, Any], dict[str, int], bool]:
     """(transformer config, bytes of "text" encoders and "vae", whether it is conditioned on labels, in pixel space)."""
     folder = SHIPPED.get(path, Path(path))
     if os.path.isdir(folder):  # unlike Path.is_dir false, not an error, for a name that is too long
@@ -280,16 +285,17 @@ def describe_run(recipe: Recipe) -> str:
     }
     lines = [f"{name:<20} {count:>16,}" for name, count in counts.items()]
     where = "GPU" if run.gpu else "CPU"
+    sharded = f", optimisers sharded over {run.shards} processes" if run.shards > 1 else ""
     while_caching = []
     if recipe.data.cache:
-        rest = estimate_memory(run)["transformer, frozen"] + sum(_model(recipe.model.path)[1].values())
+        rest = estimate_memory(run)["transformer, frozen"] + sum(model_sizes(recipe.model.path)[1].values())
         while_caching = ["", "While the latent cache is written: all models", format_memory({"total": rest})]
     return "\n".join(
         [
             "Parameters",
             *lines,
             "",
-            f"Estimated peak memory of one process ({where})",
+            f"Estimated peak memory of one process ({where}{sharded})",
             format_memory(estimate_memory(run)),
             *while_caching,
         ]

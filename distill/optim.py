@@ -14,6 +14,7 @@ import paddle
 from paddle import Tensor
 
 from distill.config import OptimizerConfig
+from distill.parallel import World, average_gradients
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -77,10 +78,8 @@ class Optimizer(ABC):
         Returns:
             A StepReport. The gradients are left for the caller to clear, and are clipped in place.
         """
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        if not gradients:
-            raise ValueError("no parameter has a gradient; the loss does not depend on any of them")
-        norm, lr, limit = float(global_norm(gradients)), self.lr, self.config.grad_clip_norm
+        gradients = self._gradients()
+        norm, lr, limit = self._norm(gradients), self.lr, self.config.grad_clip_norm
         finite = math.isfinite(norm)
         if finite:
             if limit is not None and norm > limit:
@@ -90,6 +89,23 @@ class Optimizer(ABC):
         self.steps += 1
         return StepReport(norm, finite, lr)
 
+    def _gradients(self) -> list[Tensor]:
+        """What `step` measures and scales."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        if not gradients:
+            raise ValueError("no parameter has a gradient; the loss does not depend on any of them")
+        return gradients
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        return float(global_norm(gradients))
+
+    def gather(self) -> None:  # noqa: B027  (nothing to do is a fine default)
+        """Have all parameters whole in memory, for a loss that reads them; all ranks call it. Here they always are."""
+
+    def synchronise(self, world: World) -> None:
+        """Make the gradients those of all ranks together, once an update, after the last micro-step."""
+        average_gradients(self.parameters.values(), world)
+
     @abstractmethod
     def _update(self, lr: float) -> None:
         """Move every parameter that has a gradient; called without recording."""
@@ -97,7 +113,7 @@ class Optimizer(ABC):
     def clear_grad(self) -> None:
         """Drop all gradients."""
         for parameter in self.parameters.values():
-            parameter.clear_gradient(set_to_zero=False)
+            parameter.clear_gradient(False)  # by position: Paddle ignores the keyword, and keeps zeros
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -148,11 +164,11 @@ class AdamW(Optimizer):
         return {
             f"{path}.{key}": self.inner._get_accumulator(accumulator, parameter)
             for path, parameter in self.parameters.items()
-            for key, accumulator in _ACCUMULATORS.items()
+            for key, accumulator in ACCUMULATORS.items()
         }
 
 
-_ACCUMULATORS = {
+ACCUMULATORS = {  # name in the saved state -> in Paddle's optimiser
     "moment1": "moment1",
     "moment2": "moment2",
     "beta1_pow": "beta1_pow_acc",

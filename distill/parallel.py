@@ -59,28 +59,47 @@ def init() -> World:
 
 
 @paddle.no_grad()
-def average_gradients(parameters: Iterable[Tensor], world: World) -> None:
-    """Replace every gradient by its mean over the ranks, with one sum of one flat tensor for each dtype.
+def average_gradients(parameters: Iterable[Tensor], world: World, bucket_bytes: int = 2**25) -> None:
+    """Replace every gradient by its mean over the ranks, with one sum a bucket of gradients of the same dtype.
 
     Call it once an update, after the last micro-step. The parameters must come in the same order on all ranks. One
     that has a gradient on some ranks only counts as zero on the others; one that has none anywhere stays without.
-    A value that is not finite on one rank becomes so on all.
+    A value that is not finite on one rank becomes so on all. It takes memory for a few buckets; a gradient larger than
+    `bucket_bytes` is a bucket of its own.
     """
     if world.size == 1:
         return
+    parameters = list(parameters)
+    present = paddle.to_tensor([parameter.grad is not None for parameter in parameters], dtype="int32")
+    dist.all_reduce(present, op=dist.ReduceOp.MAX)
+    somewhere = [parameter for parameter, flag in zip(parameters, present.tolist(), strict=True) if flag]
+    for bucket in _buckets(somewhere, bucket_bytes):
+        gradients = [p.grad if p.grad is not None else paddle.zeros(p.shape, p.dtype) for p in bucket]
+        flat = paddle.concat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+        means = (flat / world.size).split([p.size for p in bucket])
+        for parameter, gradient, mean in zip(bucket, gradients, means, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            paddle.assign(mean.reshape(parameter.shape), parameter.grad)
+
+
+def _buckets(parameters: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Runs of parameters of one dtype whose gradients have `limit` bytes or less, or are one."""
     by_dtype: dict[paddle.dtype, list[Tensor]] = {}
     for parameter in parameters:
         by_dtype.setdefault(parameter.dtype, []).append(parameter)
-    for dtype, members in by_dtype.items():
-        gradients = [p.grad if p.grad is not None else paddle.zeros(p.shape, dtype) for p in members]
-        present = paddle.to_tensor([float(p.grad is not None) for p in members]).astype(dtype)
-        flat = paddle.concat([*(gradient.flatten() for gradient in gradients), present])
-        del gradients
-        dist.all_reduce(flat, op=dist.ReduceOp.SUM)
-        *means, present = (flat / world.size).split([*(p.size for p in members), len(members)])
-        for parameter, mean, somewhere in zip(members, means, present.astype("float32").numpy() > 0, strict=True):
-            if somewhere:
-                parameter.grad = mean.reshape(parameter.shape)
+    for members in by_dtype.values():
+        bucket: list[Tensor] = []
+        filled = 0
+        for parameter in members:
+            size = parameter.size * parameter.element_size()
+            if bucket and filled + size > limit:
+                yield bucket
+                bucket, filled = [], 0
+            bucket.append(parameter)
+            filled += size
+        yield bucket
 
 
 def average_values(values: Mapping[str, Tensor | float], world: World) -> dict[str, float]:

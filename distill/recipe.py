@@ -232,11 +232,20 @@ def load_recipe(
     for layer, where in reversed(list(_layers(path, folder))):
         check_keys(cls, layer, where)
         merged = _merge(merged, layer)
+    return build(cls, _with_overrides(cls, merged, overrides), path.name)
+
+
+def from_overrides(cls: type[Schema], overrides: Sequence[str]) -> Schema:
+    """The schema's defaults, changed by "section.key=value" each. UserError as `load_recipe`."""
+    return build(cls, _with_overrides(cls, {}, overrides), "--set")
+
+
+def _with_overrides(cls: type, mapping: Mapping[str, Any], overrides: Sequence[str]) -> Mapping[str, Any]:
     for override in overrides:
         layer = _override(override)
         check_keys(cls, layer, f"--set {_one_line(override)}")
-        merged = _merge(merged, layer)
-    return build(cls, merged, path.name)
+        mapping = _merge(mapping, layer)
+    return mapping
 
 
 def find_recipe(path_or_name: str | Path, folder: Path = RECIPES) -> Path:

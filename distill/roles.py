@@ -4,14 +4,17 @@ A role is a Denoiser. Where one network plays several parts, a role switches the
 the call: the student has its adapter on, the teacher none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import paddle
 from paddle import nn
 
+from distill.config import LoraConfig
+from distill.optim import EMA
 from fast_diffusers import lora
+from fast_diffusers.target_time import Mode, TargetTime, attach
 
 
 class AdapterRole:
@@ -19,6 +22,12 @@ class AdapterRole:
 
     def __init__(self, denoiser: Any, model: nn.Layer, adapter: str | Sequence[str] | None):
         self.denoiser, self.model, self.adapter = denoiser, model, adapter
+
+    @property
+    def takes_target_time(self) -> bool:
+        """Whether the target time makes a difference to it."""
+        with lora.active(self.model, self.adapter):
+            return getattr(self.denoiser, "takes_target_time", False)
 
     def __call__(self, x: paddle.Tensor, t: paddle.Tensor, cond: Any, **settings: Any) -> paddle.Tensor:
         with lora.active(self.model, self.adapter):
@@ -58,3 +67,48 @@ def adapter_roles(
         fake=AdapterRole(denoiser, model, fake) if fake else student_role,
         discriminator=discriminator,
     )
+
+
+@dataclass(frozen=True)
+class Network:
+    """A role with weights of its own, by path, and the way in which it is told the target time."""
+
+    role: Any
+    parameters: Mapping[str, paddle.Tensor]
+    target_time: TargetTime
+
+
+def adapter_network(denoiser: Any, model: nn.Layer, name: str, config: LoraConfig, mode: Mode, seed: int) -> Network:
+    """A new adapter of `model`. Two of the same seed start equal, with the same paths."""
+    lora.inject(model, config.rank, config.alpha, config.targets, name=name, seed=seed)
+    paddle.seed(seed)
+    way = TargetTime.new(mode, model)
+    attach(model, way, name)
+    return Network(AdapterRole(way.wrap(denoiser), model, name), lora.state_dict(model, name) | _of_embedding(way), way)
+
+
+def whole_network(denoiser: Any, model: nn.Layer, mode: Mode, seed: int) -> Network:
+    """All weights of `model`."""
+    paddle.seed(seed)
+    way = TargetTime.new(mode, model)
+    attach(model, way)
+    return Network(way.wrap(denoiser), dict(model.named_parameters()) | _of_embedding(way), way)
+
+
+def _of_embedding(way: TargetTime) -> dict[str, paddle.Tensor]:
+    named = way.embedding.named_parameters() if way.embedding is not None else ()
+    return {f"target_time.{path}": parameter for path, parameter in named}
+
+
+@paddle.no_grad()
+def average_into(average: Network, student: Network, decay: float) -> EMA:
+    """The running average of the student's weights, kept in those of `average`, which can be evaluated meanwhile.
+
+    Swapping the averages in instead (`EMA.swapped`) would change weights that a backward pass still needs.
+    """
+    ema = EMA(student.parameters, decay)
+    for path, parameter in average.parameters.items():
+        parameter.stop_gradient = True
+        paddle.assign(student.parameters[path], parameter)
+    ema.averages = dict(average.parameters)
+    return ema

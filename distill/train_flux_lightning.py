@@ -6,6 +6,7 @@ On several devices: `python -m paddle.distributed.launch --nproc_per_node 2 dist
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from distill.batches import Encoder
@@ -14,8 +15,10 @@ from distill.flux_lightning import STUDENT, FluxLightning, Recipe
 from distill.memory import describe_run
 from distill.parallel import World, barrier, init
 from distill.recipe import load_recipe, to_yaml
+from distill.sharding import check_recipe
 from fast_diffusers import lora
 from fast_diffusers.pipelines.shipped import open_pipeline
+from fast_diffusers.samplers import phased
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +26,7 @@ log = logging.getLogger(__name__)
 def train(recipe: Recipe, resume: bool = False, world: World | None = None) -> Path:
     """Train the student of a recipe and save its LoRA file; returns the folder it is in."""
     world = world or World()
+    check_recipe(recipe, world)
     config, output = recipe.trainer, Path(recipe.trainer.output_dir)
     pipe = open_pipeline(recipe.model.path, config.dtype)
     tokens = num_tokens(pipe, recipe.data)
@@ -39,7 +43,7 @@ def train(recipe: Recipe, resume: bool = False, world: World | None = None) -> P
         output / "samples",
         steps=recipe.objective.num_phases,
         prompts=list(config.sample_prompts),
-        grid=method.grid,
+        sampler=partial(phased, grid=method.grid),
         write=world.is_main,
     )
 

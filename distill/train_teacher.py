@@ -7,6 +7,7 @@ handwritten digits that ships with the project.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from distill.optim import EMA, make_optimizer
 from distill.parallel import World, barrier, init
 from distill.recipe import load_recipe, number, to_yaml
 from distill.roles import Roles
+from distill.sharding import check_recipe
 from distill.trainer import Batch, Loss
 from fast_diffusers.errors import UserError
 from fast_diffusers.models import FluxTransformer2DModel
 from fast_diffusers.pipelines import FluxLabelPipeline
+from fast_diffusers.samplers import euler
 from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from fast_diffusers.time_grids import scheduler_mu
 
@@ -142,6 +145,7 @@ def new_pipeline(recipe: Recipe) -> FluxLabelPipeline:
 def train(recipe: Recipe, resume: bool = False, world: World | None = None) -> Path:
     """Train the teacher of a recipe and save it as a pipeline folder, which is returned."""
     world = world or World()
+    check_recipe(recipe, world)
     config, output = recipe.trainer, Path(recipe.trainer.output_dir)
     pipe = new_pipeline(recipe)
     mu = scheduler_mu(pipe.scheduler.config, num_tokens(pipe, recipe.data))
@@ -149,7 +153,10 @@ def train(recipe: Recipe, resume: bool = False, world: World | None = None) -> P
     method = FlowMatchingTeacher(recipe, pipe, mu)
     prompts = list(config.sample_prompts)
     folder = output / "samples"
-    grid = SampleGrid(pipe, encoder, recipe.data, folder, steps=20, prompts=prompts, mu=mu, write=world.is_main)
+    sampler = partial(euler, mu=mu)
+    grid = SampleGrid(
+        pipe, encoder, recipe.data, folder, steps=20, prompts=prompts, sampler=sampler, write=world.is_main
+    )
 
     def sample(done: int) -> dict[str, float]:
         with method.average.swapped():

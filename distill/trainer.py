@@ -20,11 +20,11 @@ from distill.optim import EMA, Optimizer
 from distill.parallel import (
     World,
     any_rank,
-    average_gradients,
     average_values,
     barrier,
     broadcast_parameters,
 )
+from distill.sharding import check_sharding, shard
 from distill.stopping import Interrupted, StopRequest
 from fast_diffusers.errors import UserError
 
@@ -92,6 +92,8 @@ class Trainer:
         self.config, self.method, self.read, self.sample = config, method, read, sample
         self.recipe = dict(recipe or {})
         self.world, self.health, self.waited = world or World(), health, waited
+        self.optimizers = dict(method.optimizers)  # from `fit` on sharded, if `config.sharding` says so
+        check_sharding(config, {name: each.config for name, each in self.optimizers.items()}, self.world)
         self.folder = Path(config.output_dir)
         self.skipped = 0
 
@@ -144,8 +146,11 @@ class Trainer:
                         log.warning("%s", warning)
                 bar.update()
                 stop = any_rank(request.name is not None, self.world)
-                if main and (stop or last or done % config.checkpoint_every == 0):
-                    writer.save(done, *self.state(), recipe=self.recipe)
+                if stop or last or done % config.checkpoint_every == 0:
+                    state = self.state()  # on all ranks: each may hold a part
+                    if main:
+                        writer.save(done, *state, recipe=self.recipe)
+                    del state
                 if stop:
                     break
         return done
@@ -174,17 +179,19 @@ class Trainer:
         batches = [self.read(step, micro_step) for micro_step in range(count)]
         metrics: dict[str, Any] = {}
         for player in self.method.turns(step):
-            optimizer = self.method.optimizers[player]
+            optimizer = self.optimizers[player]
             terms: dict[str, Any] = {}
             for micro_step, batch in enumerate(batches):
                 draws = StepDraws(self.config.seed, step, micro_step, self.world.rank)
+                for each in self.optimizers.values():
+                    each.gather()
                 loss, parts = self.method.loss(player, batch, draws)
                 (loss / count).backward()
                 for name, value in {**parts, f"{player}_loss": loss.detach()}.items():
                     terms[name] = terms.get(name, 0) + value / count
-            average_gradients(optimizer.parameters.values(), self.world)
+            optimizer.synchronise(self.world)
             report = optimizer.step()
-            for each in self.method.optimizers.values():
+            for each in self.optimizers.values():
                 each.clear_grad()
             if report.finite:
                 if player in self.method.averages:
@@ -212,10 +219,13 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ state
     def state(self) -> tuple[dict[str, dict[str, paddle.Tensor]], dict[str, Any]]:
-        """(tensors by group, JSON-able counters): all that a resumed run needs besides the recipe."""
+        """(tensors by group, JSON-able counters): all that a resumed run needs besides the recipe.
+
+        Sharded or not, it is the same, and whole, on rank 0; all ranks must call it.
+        """
         tensors: dict[str, dict[str, paddle.Tensor]] = {}
         counters: dict[str, Any] = {"skipped": self.skipped}
-        for player, optimizer in self.method.optimizers.items():
+        for player, optimizer in self.optimizers.items():
             tensors[player] = dict(optimizer.parameters)
             tensors[f"{player}_optimizer"], counters[f"{player}_optimizer"] = optimizer.state_dict()
         for player, average in self.method.averages.items():
@@ -234,6 +244,8 @@ class Trainer:
         if self.world.size > 1:
             for group in self.state()[0].values():
                 broadcast_parameters(group.values(), self.world)
+        if self.config.sharding:  # after the state is there: whole tensors cannot be loaded into shards
+            self.optimizers = {n: shard(each, self.config.sharding, self.world) for n, each in self.optimizers.items()}
         return step
 
     @paddle.no_grad()
@@ -248,10 +260,10 @@ class Trainer:
                 "continue it with --resume, or choose another trainer.output_dir"
             )
         self.skipped = checkpoint.state["skipped"]
-        parts = {f"{name}_optimizer": each for name, each in self.method.optimizers.items()}
+        parts = {f"{name}_optimizer": each for name, each in self.optimizers.items()}
         parts |= {f"{name}_average": each for name, each in self.method.averages.items()}
         try:
-            for player, optimizer in self.method.optimizers.items():
+            for player, optimizer in self.optimizers.items():
                 load_parameters(optimizer.parameters, checkpoint.tensors(player))
             for name, part in parts.items():
                 part.load_state_dict(checkpoint.tensors(name), checkpoint.state[name])

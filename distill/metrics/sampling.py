@@ -28,7 +28,7 @@ from fast_diffusers.models.checkpoint_io import ADAPTER_NAMES
 from fast_diffusers.random import Generator, randn
 
 Sampler = Callable[..., Tensor]
-"""sampler(velocity, noise, *, steps) -> x0: one of `fast_diffusers.samplers` with its other arguments bound."""
+"""sampler(velocity, noise, *, steps, generator) -> x0: one of `fast_diffusers.samplers`, its other arguments bound."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ class SampleRunner:
             progress.update(len(rows))
             return evaluate(x, t, target_t)
 
-        latents = sampler(velocity, self.noise(rows, seed), steps=steps)
+        generators = [Generator((1 << 64) + (seed << 32) + i) for i in rows]  # not those of the initial noise
+        latents = sampler(velocity, self.noise(rows, seed), steps=steps, generator=generators)
         pixels = self.pipe.decode_latents(latents).numpy()
         if not np.isfinite(pixels).all():
             raise UserError(f"{steps} steps gave images with NaN or infinity: the weights are broken or diverged")

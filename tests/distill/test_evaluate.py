@@ -89,7 +89,7 @@ def real(pipe, extractor):
     return real_features(pipe, DataConfig(kind="digits", height=8, width=8), extractor)
 
 
-def many_small_steps(velocity, noise, *, steps):
+def many_small_steps(velocity, noise, *, steps, generator=None):
     """A perfect student: arrives where the teacher's 40 steps do."""
     return euler(velocity, noise, steps=40)
 
@@ -296,9 +296,48 @@ def test_command_line(folders, tmp_path, capsys):
     assert json.loads((tmp_path / "metrics.json").read_text())["settings"]["num_phases"] == 2
 
 
+def test_unified_sampler_of_the_student(folders, tmp_path):
+    """Told what `samplers.unified` takes; what it draws does not depend on the size of a batch."""
+    few = ["--sampler", "unified", "--set", "style=few", "--set", "stochasticity=1", "--set", "gap=[0.001, 0.6]"]
+    rows = {}
+    for name, more in {"phased": [], "few": few, "again": [*few, "--batch_size", "7"]}.items():
+        main(command_line(folders, tmp_path / name, *more))
+        report = Report.load(tmp_path / name / "metrics.json")
+        rows[name] = {n: report.row("student", n).metrics["frechet_teacher"] for n in (1, 2)}
+    assert rows["few"] == pytest.approx(rows["again"], rel=1e-3)
+    assert rows["few"][2] != pytest.approx(rows["phased"][2], rel=1e-3)
+    assert report.settings["student_sampler"] == "unified"
+    assert report.settings["gap"] == [0.001, 0.6]
+    assert "num_phases" not in report.settings
+
+
+def test_a_student_that_is_a_whole_pipeline(folders, tmp_path):
+    """A fused LoRA, saved as a pipeline, is measured as the LoRA is."""
+    pipe = open_pipeline(folders[0])
+    pipe.load_lora_weights(folders[1])
+    pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "fused")
+    main(command_line(folders, tmp_path / "lora"))
+    line = [*command_line(folders, tmp_path / "whole"), "--student", str(tmp_path / "fused")]
+    with pytest.raises(UserError, match="give --student or --lora, not both"):
+        main(line)
+    at = line.index("--lora")
+    main(line[:at] + line[at + 2 :])
+    distances = [
+        Report.load(tmp_path / name / "metrics.json").row("student", 2).metrics["frechet_teacher"]
+        for name in ("lora", "whole")
+    ]
+    assert distances[0] == pytest.approx(distances[1], rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--set", "style=few"], "--set style=few is for --sampler unified"),
+        (["--sampler", "unified", "--set", "order=3"], "order is 3; expected a whole number at most 2"),
+        (["--sampler", "unified", "--set", "stile=few"], "unknown key stile; the nearest valid key is style"),
+        (["--sampler", "unified", "--set", "gap=[0.5, 0.5]"], "leaves no time to sample"),
+        (["--student", "nowhere"], "give --student or --lora, not both"),
         (["--model", "nowhere"], "model nowhere is neither a pipeline folder nor one of"),
         (["--lora", "nowhere"], "no LoRA file nowhere"),
         (["--steps", "0"], "must be different positive integers"),

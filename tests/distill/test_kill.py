@@ -45,6 +45,14 @@ SLOW = {
         steps=130,
         settings=("trainer.batch_size=8", "objective.fake_score=adapter"),
     ),
+    "twinflow_digits": Case(
+        "train_twinflow.py",
+        "twinflow_digits",
+        kills=5,
+        steps=40,
+        settings=("trainer.batch_size=8",),
+        weights=("lora", "lora_last"),  # the averaged adapter and the trained one
+    ),
 }
 """Other recipes join by a row here."""
 

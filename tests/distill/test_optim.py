@@ -310,3 +310,11 @@ def test_ema_resumes_exactly():
     resumed.load_state_dict({key: tensor.clone() for key, tensor in tensors.items()}, scalars)
     run(resumed, resumed.parameters, 5, 10)
     np.testing.assert_array_equal(resumed.averages["bias"].numpy(), whole.averages["bias"].numpy())
+
+
+def test_cleared_gradients_are_gone_not_zero():
+    params = parameters()
+    optimizer = make_optimizer(params, CONFIG, 10)
+    sum(parameter.sum() for parameter in params.values()).backward()
+    optimizer.clear_grad()
+    assert all(parameter.grad is None for parameter in params.values())

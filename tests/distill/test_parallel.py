@@ -25,6 +25,7 @@ from distill.metrics.sampling import SampleRunner, SampleSettings
 from distill.optim import AdamW
 from distill.parallel import (
     World,
+    _buckets,
     any_rank,
     average_gradients,
     average_values,
@@ -137,6 +138,7 @@ def check_collectives(world):
     assert (weights[0].grad.numpy() == 1.5).all() and (weights[3].grad.numpy() == 2).all()
     assert (weights[1].grad.numpy() == 2).all()
     assert weights[2].grad is None
+    check_buckets(world)
 
     broadcast_parameters(weights, world)
     assert not any_rank(False, world) and any_rank(rank == 1, world)
@@ -148,6 +150,23 @@ def check_collectives(world):
         gathered = gather_rows(whole[share.start : share.stop], share.start, 5, world)
         np.testing.assert_array_equal(gathered, whole)
         assert gathered.dtype == whole.dtype
+
+
+def check_buckets(world):
+    """Buckets of any size give the bits that one sum of everything gives."""
+    shapes = [[3, 5], [7], [2, 2], [1], [40], [6]]
+    results = []
+    for limit in (1, 60, 100, 2**25):
+        draw = np.random.default_rng(world.rank)
+        weights = [paddle.create_parameter(shape, "float32") for shape in shapes]
+        for weight in weights:
+            weight.grad = paddle.to_tensor(draw.standard_normal(weight.shape, dtype=np.float32))
+        if world.is_main:
+            weights[3].clear_gradient(False)
+        average_gradients(weights, world, bucket_bytes=limit)
+        results.append(np.concatenate([weight.grad.numpy().ravel() for weight in weights]))
+    for result in results:
+        np.testing.assert_array_equal(result, results[-1])
 
 
 def check_agreement(world, folder):
@@ -295,6 +314,15 @@ def test_one_process_calls_no_collective(monkeypatch):
     assert average_values({"a": paddle.to_tensor(2.0)}, world) == {"a": 2.0}
     rows = np.arange(3)
     assert gather_rows(rows, 0, 3, world) is rows
+
+
+def test_buckets_hold_whole_parameters_of_one_dtype():
+    sizes = [("float32", 4), ("float64", 1), ("float32", 2), ("float32", 100), ("float32", 1), ("float64", 2)]
+    parameters = [paddle.create_parameter([size], dtype) for dtype, size in sizes]
+    indices = {id(parameter): index for index, parameter in enumerate(parameters)}
+    buckets = [[indices[id(parameter)] for parameter in bucket] for bucket in _buckets(parameters, 24)]
+    assert buckets == [[0, 2], [3], [4], [1, 5]]
+    assert list(_buckets([], 24)) == []
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
