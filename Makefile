@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow bench lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fast_diffusers.cli demo
@@ -13,6 +13,12 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Training steps and forward-mode differentiation, as ratios measured side by side. docs/performance.md has the figures.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/mnist_step.py
+	$(BIN)/python benchmarks/jvp.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
