@@ -1,0 +1,141 @@
+"""RCGM against TwinFlow: `python examples/mnist/compare.py --data mnist --data_path FOLDER --seeds 0 1 2 --jobs 2`.
+
+Trains every method with every seed, measures the samples, and prints a Markdown table of mean ± standard deviation.
+Finished runs are kept in results.jsonl and not repeated; one that was stopped continues from its last checkpoint.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.commands import run
+from distill.metrics.distances import frechet_distance, label_accuracy
+from distill.metrics.features import ClassifierFeatures, extract
+from distill.stopping import EXIT_CODE
+from fast_diffusers.errors import UserError
+
+from sample import open_model  # isort: skip  (beside this file)
+from train import OBJECTIVES, Settings, add_arguments, draw, open_images, train  # isort: skip
+from unet import NUM_CLASSES, UNet  # isort: skip
+
+SAMPLERS = {"1 step": (1, "few"), "2 steps": (2, "few"), "4 steps": (4, "few"), "20 steps, mul": (20, "mul")}
+
+
+def measure(model: UNet, data: str, data_path: str | None, num_samples: int, seed: int) -> dict[str, dict[str, float]]:
+    """For each of SAMPLERS the label accuracy and the Fréchet distance to the test images, in classifier features."""
+    extractor = ClassifierFeatures(data)
+    real = extract(extractor, open_images(data, data_path, "test").images.transpose(0, 3, 1, 2)).features
+    labels = np.arange(num_samples) % NUM_CLASSES
+    metrics = {}
+    for name, (steps, style) in SAMPLERS.items():
+        images = draw(model, labels, seed, steps=steps, style=style)
+        samples = extract(extractor, np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8))
+        metrics[name] = {
+            "accuracy": label_accuracy(samples.predictions, labels),
+            "frechet": frechet_distance(samples.features, real),
+        }
+    return metrics
+
+
+def run_one(settings: Settings, num_samples: int, log: Path) -> None:
+    """Train and measure one run and append it to the log."""
+    started = time.perf_counter()
+    model = open_model(train(settings, resume=True))
+    seconds = time.perf_counter() - started
+    metrics = measure(model, settings.data, settings.data_path, num_samples, seed=settings.seed + 1000)
+    result = {"method": settings.method, "seed": settings.seed, "seconds": seconds, "metrics": metrics}
+    with log.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(result) + "\n")
+
+
+def read_results(log: Path) -> list[dict[str, Any]]:
+    """The finished runs."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each method and sampler, mean ± standard deviation over the seeds."""
+
+    def cell(values: list[float], form: str) -> str:
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        return f"{statistics.mean(values):{form}} ± {spread:{form}}"
+
+    lines = ["| method | samples | label accuracy ↑ | FD to test images ↓ | FD over 20 steps' |", "|---" * 5 + "|"]
+    for method in OBJECTIVES:
+        runs = [result["metrics"] for result in results if result["method"] == method]
+        for sampler in SAMPLERS if runs else ():
+            rows = [each[sampler] for each in runs]
+            ratios = [each[sampler]["frechet"] / each["20 steps, mul"]["frechet"] for each in runs]
+            figures = [
+                ([row["accuracy"] for row in rows], ".3f"),
+                ([row["frechet"] for row in rows], ".2f"),
+                (ratios, ".2f"),
+            ]
+            lines.append(f"| {method} | {sampler} | {' | '.join(cell(*each) for each in figures)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_arguments(parser, skip=("method", "seed", "output_dir"))
+    parser.add_argument("--methods", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--num_samples", type=int, default=2000)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/mnist_comparison"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in its own process")
+    arguments = vars(parser.parse_args(argv))
+    methods, seeds, num_samples, jobs = (arguments.pop(name) for name in ("methods", "seeds", "num_samples", "jobs"))
+    output = arguments.pop("output_dir")
+    if jobs < 1 or num_samples < 8:
+        raise UserError("--jobs must be at least 1 and --num_samples at least 8")
+    output.mkdir(parents=True, exist_ok=True)
+    log = output / "results.jsonl"
+    finished = {(result["method"], result["seed"]) for result in read_results(log)}
+    wanted = [(method, seed) for seed in seeds for method in methods if (method, seed) not in finished]
+    if jobs == 1 or len(wanted) == 1:
+        for method, seed in wanted:
+            folder = str(output / f"{method}-seed{seed}")
+            run_one(Settings(method=method, seed=seed, output_dir=folder, **arguments), num_samples, log)
+    else:
+        common = {**arguments, "num_samples": num_samples, "output_dir": output}
+        _in_processes([{"methods": m, "seeds": s, **common} for m, s in wanted], jobs)
+    print(table(read_results(log)))
+
+
+def _in_processes(runs: list[dict[str, Any]], jobs: int) -> None:
+    """Run this script once for each set of arguments, `jobs` at a time. UserError if one of them fails.
+
+    Whatever stops this process stops them too; they save a checkpoint.
+    """
+    children: list[subprocess.Popen] = []
+
+    def start(arguments: dict[str, Any]) -> int:
+        options = [word for name, value in arguments.items() if value is not None for word in (f"--{name}", str(value))]
+        children.append(subprocess.Popen([sys.executable, __file__, *options], stdout=subprocess.DEVNULL))
+        return children[-1].wait()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            codes = list(pool.map(start, runs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.terminate()
+            raise
+    for arguments, code in zip(runs, codes, strict=True):
+        if code:
+            how = "was stopped" if code == EXIT_CODE else "failed"
+            raise UserError(f"the run of {arguments['methods']} with seed {arguments['seeds']} {how}; run this again")
+
+
+if __name__ == "__main__":
+    run(main)
