@@ -15,6 +15,7 @@ class UnifiedConfig:
 
     style: Literal["few", "any", "mul"] = entry("any", doc="target time told: 0, the next level, or the level itself")
     order: int = number(1, minimum=1, maximum=2, doc="2: with a correction from the next level")
+    correction: Literal["published", "balanced"] = entry("published", doc="of order 2; balanced: safe near pure noise")
     stochasticity: float = number(0.0, minimum=0, maximum=1, doc="share of fresh noise at each level")
     extrapolation: float = number(0.0, minimum=0, doc="along the change from the last level to this one")
     time_warp: tuple[float, float, float] = number((1.0, 1.0, 1.0), above=0, doc="Kumaraswamy's (a, b, c)")
