@@ -260,14 +260,27 @@ class EMA:
         parameters: path -> parameter; the average starts from their present values.
         decay: in [0, 1).
         warmup: length in updates of the period in which the average forgets faster; see `ema_decay`.
+        into: path -> float32 tensor to keep the averages in, such as the weights of a second network, which can then
+            be evaluated at any time: `swapped` would change weights that a backward pass still needs.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float, warmup: int = 10) -> None:
+    @paddle.no_grad()
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        decay: float,
+        warmup: int = 10,
+        into: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.parameters = dict(parameters)
         self.decay = decay
         self.warmup = warmup
         self.steps = 0
-        self.averages = {path: parameter.detach().astype("float32").clone() for path, parameter in parameters.items()}
+        if into is None:
+            into = {path: paddle.empty(parameter.shape, "float32") for path, parameter in parameters.items()}
+        self.averages = dict(into)
+        for path, parameter in parameters.items():
+            paddle.assign(parameter.astype("float32"), self.averages[path])
 
     @paddle.no_grad()
     def update(self) -> None:

@@ -100,15 +100,8 @@ def _of_embedding(way: TargetTime) -> dict[str, paddle.Tensor]:
     return {f"target_time.{path}": parameter for path, parameter in named}
 
 
-@paddle.no_grad()
 def average_into(average: Network, student: Network, decay: float) -> EMA:
-    """The running average of the student's weights, kept in those of `average`, which can be evaluated meanwhile.
-
-    Swapping the averages in instead (`EMA.swapped`) would change weights that a backward pass still needs.
-    """
-    ema = EMA(student.parameters, decay)
-    for path, parameter in average.parameters.items():
+    """The running average of the student's weights, kept in those of `average`, which learns nothing else."""
+    for parameter in average.parameters.values():
         parameter.stop_gradient = True
-        paddle.assign(student.parameters[path], parameter)
-    ema.averages = dict(average.parameters)
-    return ema
+    return EMA(student.parameters, decay, into=average.parameters)

@@ -85,11 +85,10 @@ class OneStep:
             lr=settings.lr, betas=(0.9, 0.99), schedule="cosine", warmup_steps=min(100, steps // 5)
         )
         self.optimizers = {STUDENT: make_optimizer(parameters, config, steps)}
-        average = EMA(parameters, settings.ema_decay)
-        average.averages = dict(self.reference.named_parameters())  # updated in place: no copy when it is evaluated
-        self.averages = {STUDENT: average}
         for parameter in self.reference.parameters():
             parameter.stop_gradient = True
+        average = EMA(parameters, settings.ema_decay, into=dict(self.reference.named_parameters()))
+        self.averages = {STUDENT: average}
         self.roles = Roles(student=self.student, teacher=None, target=self.reference)
 
     def turns(self, step: int) -> Sequence[str]:
