@@ -242,7 +242,7 @@ def outlive_peers(store: Any, host: str, rank: int, size: int, limit: float = 30
 
     Reason: rank 0 serves Paddle's key-value store from a thread that runs on while the C++ destructors of static
     objects do; when it logs a peer's disconnection through a logger that is gone already, it aborts, and a finished
-    run is reported as failed with code -6 (seen in 8 of 175 launches). Every peer holds a connection that closes with
+    run is reported as failed with code -6 (seen in 3 of 125 launches). Every peer holds a connection that closes with
     its process, not before.
     Remove when: the store's thread stops before static destruction.
 
