@@ -8,6 +8,7 @@ from typing import Protocol
 import paddle
 from paddle import Tensor, nn
 
+from fast_diffusers.models.layers import at_least_float32
 from fast_diffusers.target_time import AttachedDenoiser, attached
 
 
@@ -73,7 +74,7 @@ class FluxDenoiser:
                 does not (FLUX.1-schnell).
         """
         _, _, height, width = x.shape
-        return _at_least_float32(_unpack(self._forward(x, t, cond, guidance), height // 2, width // 2))
+        return at_least_float32(_unpack(self._forward(x, t, cond, guidance), height // 2, width // 2))
 
     def features(
         self,
@@ -160,10 +161,6 @@ def _per_sample(value: Tensor | float, batch: int) -> Tensor:
     if value.ndim > 1 or value.size not in (1, batch):
         raise ValueError(f"expected a scalar or one value for each of {batch} samples, got shape {list(value.shape)}")
     return value.astype("float32").expand([batch])
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == paddle.float64 else x.astype("float32")
 
 
 def _pack(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.models.transformer_2d import Transformer2DModelOutput
 
 from fast_diffusers.models.base import PretrainedModel
+from fast_diffusers.models.joint_attention import JointAttention, refuse_attention_kwargs
 from fast_diffusers.models.layers import (
     AdaLayerNorm,
     EmbeddingMLP,
@@ -32,9 +33,9 @@ from fast_diffusers.models.layers import (
 
 
 class FluxAttention(nn.Layer):
-    """Attention with RMS-normalised, rotated queries and keys; `joint` adds the text stream with its own weights."""
+    """Self-attention with RMS-normalised, rotated queries and keys, heads joined and not projected."""
 
-    def __init__(self, channels: int, num_heads: int, joint: bool):
+    def __init__(self, channels: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.norm_q = RMSNorm(channels // num_heads)
@@ -42,38 +43,12 @@ class FluxAttention(nn.Layer):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        if joint:
-            self.norm_added_q = RMSNorm(channels // num_heads)
-            self.norm_added_k = RMSNorm(channels // num_heads)
-            self.add_q_proj = nn.Linear(channels, channels)
-            self.add_k_proj = nn.Linear(channels, channels)
-            self.add_v_proj = nn.Linear(channels, channels)
-            self.to_out = nn.LayerList([nn.Linear(channels, channels)])
-            self.to_add_out = nn.Linear(channels, channels)
-
-    def _qkv(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-        query, key, value = (split_heads(project(x), self.num_heads) for project in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(query), self.norm_k(key), value
-
-    def _added_qkv(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-        projections = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        query, key, value = (split_heads(project(x), self.num_heads) for project in projections)
-        return self.norm_added_q(query), self.norm_added_k(key), value
 
     def forward(self, x: paddle.Tensor, image_rotary_emb: Rope) -> paddle.Tensor:
-        """One sequence [B, N, C] to [B, N, C], heads joined, not projected."""
-        query, key, value = self._qkv(x)
-        return attend(apply_rope(query, image_rotary_emb), apply_rope(key, image_rotary_emb), value)
-
-    def forward_joint(
-        self, image: paddle.Tensor, text: paddle.Tensor, image_rotary_emb: Rope
-    ) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """Image [B, L, C] and text [B, T, C] attend to each other; both come back projected."""
-        streams = list(zip(self._added_qkv(text), self._qkv(image)))  # noqa: B905  (to_static knows no `strict`)
-        query, key, value = (paddle.concat(pair, axis=1) for pair in streams)
-        out = attend(apply_rope(query, image_rotary_emb), apply_rope(key, image_rotary_emb), value)
-        text_length = text.shape[1]
-        return self.to_out[0](out[:, text_length:]), self.to_add_out(out[:, :text_length])
+        """One sequence [B, N, C] to [B, N, C]."""
+        query, key, value = (split_heads(project(x), self.num_heads) for project in (self.to_q, self.to_k, self.to_v))
+        query, key = apply_rope(self.norm_q(query), image_rotary_emb), apply_rope(self.norm_k(key), image_rotary_emb)
+        return attend(query, key, value)
 
 
 class FluxTransformerBlock(nn.Layer):
@@ -83,7 +58,7 @@ class FluxTransformerBlock(nn.Layer):
         super().__init__()
         self.norm1 = AdaLayerNorm(channels, 6)
         self.norm1_context = AdaLayerNorm(channels, 6)
-        self.attn = FluxAttention(channels, num_heads, joint=True)
+        self.attn = JointAttention(channels, num_heads)
         self.ff = FeedForward(channels)
         self.ff_context = FeedForward(channels)
 
@@ -97,7 +72,7 @@ class FluxTransformerBlock(nn.Layer):
         """Image [B, L, C], text [B, T, C], conditioning [B, C], rotary tables of text then image -> (text, image)."""
         shift, scale, gate, *image_mlp = self.norm1(temb)
         text_shift, text_scale, text_gate, *text_mlp = self.norm1_context(temb)
-        image, text = self.attn.forward_joint(
+        image, text = self.attn(
             modulate(layer_norm(hidden_states), shift, scale),
             modulate(layer_norm(encoder_hidden_states), text_shift, text_scale),
             image_rotary_emb,
@@ -121,7 +96,7 @@ class FluxSingleTransformerBlock(nn.Layer):
     def __init__(self, channels: int, num_heads: int, mlp_ratio: int = 4):
         super().__init__()
         self.norm = AdaLayerNorm(channels, 3)
-        self.attn = FluxAttention(channels, num_heads, joint=False)
+        self.attn = FluxAttention(channels, num_heads)
         self.proj_mlp = nn.Linear(channels, mlp_ratio * channels)
         self.proj_out = nn.Linear((mlp_ratio + 1) * channels, channels)
 
@@ -267,11 +242,7 @@ class FluxTransformer2DModel(PretrainedModel):
         Returns:
             The velocity [B, L, out_channels] as `.sample` or as the only element of a tuple.
         """
-        if joint_attention_kwargs:
-            raise ValueError(
-                f"joint_attention_kwargs {sorted(joint_attention_kwargs)} are not supported; "
-                "scale an adapter with fast_diffusers.lora.active(model, name, scale)"
-            )
+        refuse_attention_kwargs("joint_attention_kwargs", joint_attention_kwargs)
         temb = self.embed_conditioning(timestep, guidance, pooled_projections)
         rope = self.embed_positions(txt_ids, img_ids)
         text, image = self.run_double_blocks(

@@ -25,11 +25,12 @@ class JointAttention(nn.Layer):
         if qk_norm:
             self.norm_q = RMSNorm(channels // num_heads)
             self.norm_k = RMSNorm(channels // num_heads)
-            self.norm_added_q = RMSNorm(channels // num_heads)
-            self.norm_added_k = RMSNorm(channels // num_heads)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
+        if qk_norm:
+            self.norm_added_q = RMSNorm(channels // num_heads)
+            self.norm_added_k = RMSNorm(channels // num_heads)
         self.add_q_proj = nn.Linear(channels, channels)
         self.add_k_proj = nn.Linear(channels, channels)
         self.add_v_proj = nn.Linear(channels, channels)

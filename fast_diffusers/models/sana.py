@@ -15,6 +15,7 @@ from ppdiffusers.models.transformer_2d import Transformer2DModelOutput
 
 from fast_diffusers.models.base import PretrainedModel
 from fast_diffusers.models.checkpoint_io import Checkpoint
+from fast_diffusers.models.joint_attention import refuse_attention_kwargs
 from fast_diffusers.models.layers import (
     EmbeddingMLP,
     GLUMBConv,
@@ -369,11 +370,7 @@ def refuse_unsupported(attention_mask: paddle.Tensor | None, attention_kwargs: M
     """ValueError for arguments that diffusers' signature has and this implementation does not act on."""
     if attention_mask is not None:
         raise ValueError("attention_mask is not supported: linear attention has no mask; mask the text instead")
-    if attention_kwargs:
-        raise ValueError(
-            f"attention_kwargs {sorted(attention_kwargs)} are not supported; "
-            "scale an adapter with fast_diffusers.lora.active(model, name, scale)"
-        )
+    refuse_attention_kwargs("attention_kwargs", attention_kwargs)
 
 
 def sincos_table(height: int, width: int, channels: int, spacing: float) -> paddle.Tensor:
