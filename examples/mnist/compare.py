@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from distill.commands import run
-from distill.metrics.distances import frechet_distance, label_accuracy
+from distill.metrics.distances import frechet_distance, label_accuracy, within_class_distance
 from distill.metrics.features import ClassifierFeatures, extract
 from distill.stopping import EXIT_CODE
 from fast_diffusers.errors import UserError
@@ -30,9 +30,11 @@ SAMPLERS = {"1 step": (1, "few"), "2 steps": (2, "few"), "4 steps": (4, "few"), 
 
 
 def measure(model: UNet, data: str, data_path: str | None, num_samples: int, seed: int) -> dict[str, dict[str, float]]:
-    """For each of SAMPLERS the label accuracy and the Fréchet distance to the test images, in classifier features."""
+    """For each of SAMPLERS, in classifier features: label accuracy, Fréchet distance to the test images, and diversity,
+    the mean distance between samples of the same digit over that between test images."""
     extractor = ClassifierFeatures(data)
-    real = extract(extractor, open_images(data, data_path, "test").images.transpose(0, 3, 1, 2)).features
+    real = extract(extractor, open_images(data, data_path, "test").images.transpose(0, 3, 1, 2))
+    spread = within_class_distance(real.features, real.predictions)
     labels = np.arange(num_samples) % NUM_CLASSES
     metrics = {}
     for name, (steps, style) in SAMPLERS.items():
@@ -40,7 +42,8 @@ def measure(model: UNet, data: str, data_path: str | None, num_samples: int, see
         samples = extract(extractor, np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8))
         metrics[name] = {
             "accuracy": label_accuracy(samples.predictions, labels),
-            "frechet": frechet_distance(samples.features, real),
+            "frechet": frechet_distance(samples.features, real.features),
+            "diversity": within_class_distance(samples.features, labels) / spread,
         }
     return metrics
 
@@ -68,7 +71,8 @@ def table(results: list[dict[str, Any]]) -> str:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         return f"{statistics.mean(values):{form}} ± {spread:{form}}"
 
-    lines = ["| method | samples | label accuracy ↑ | FD to test images ↓ | FD over 20 steps' |", "|---" * 5 + "|"]
+    head = "| method | samples | label accuracy ↑ | FD to test images ↓ | FD over 20 steps' | diversity → 1 |"
+    lines = [head, "|---" * 6 + "|"]
     for method in OBJECTIVES:
         runs = [result["metrics"] for result in results if result["method"] == method]
         for sampler in SAMPLERS if runs else ():
@@ -78,6 +82,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 ([row["accuracy"] for row in rows], ".3f"),
                 ([row["frechet"] for row in rows], ".2f"),
                 (ratios, ".2f"),
+                ([row["diversity"] for row in rows], ".2f"),
             ]
             lines.append(f"| {method} | {sampler} | {' | '.join(cell(*each) for each in figures)} |")
     return "\n".join(lines)

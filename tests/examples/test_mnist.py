@@ -222,12 +222,12 @@ class TestCompare:
 
     def test_table(self):
         def result(seed, accuracy):
-            metrics = {name: {"accuracy": accuracy, "frechet": 4.0} for name in compare.SAMPLERS}
+            metrics = {name: {"accuracy": accuracy, "frechet": 4.0, "diversity": 1.0} for name in compare.SAMPLERS}
             metrics["20 steps, mul"]["frechet"] = 2.0
             return {"method": "rcgm", "seed": seed, "metrics": metrics}
 
         lines = compare.table([result(0, 0.9), result(1, 1.0)]).splitlines()
-        assert lines[2] == "| rcgm | 1 step | 0.950 ± 0.071 | 4.00 ± 0.00 | 2.00 ± 0.00 |"
+        assert lines[2] == "| rcgm | 1 step | 0.950 ± 0.071 | 4.00 ± 0.00 | 2.00 ± 0.00 | 1.00 ± 0.00 |"
         assert len(lines) == 2 + len(compare.SAMPLERS)
 
     def test_bad_numbers(self, tmp_path):
