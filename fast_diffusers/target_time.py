@@ -27,7 +27,7 @@ from fast_diffusers.errors import UserError
 from fast_diffusers.lora import files as lora_files
 from fast_diffusers.lora.layers import find_set
 from fast_diffusers.models.layers import EmbeddingMLP, sinusoid
-from fast_diffusers.transports import expand_time
+from fast_diffusers.transports import expand_time, per_sample
 
 Mode = Literal["shortcut", "auxiliary"]
 MODES: tuple[Mode, ...] = ("shortcut", "auxiliary")
@@ -36,7 +36,13 @@ HEADER = "target_time"  # entry of a LoRA file's header: the mode
 
 EMBEDDING_INPUTS = 256  # sines and cosines of a time
 
-TIME_EMBEDDINGS = {"FluxTransformer2DModel": "time_text_embed", "SD3Transformer2DModel": "time_text_embed"}
+TIME_EMBEDDINGS = {
+    "FluxTransformer2DModel": "time_text_embed",
+    "QwenImageTransformer2DModel": "time_text_embed",
+    "SD3Transformer2DModel": "time_text_embed",
+    "SanaTransformer2DModel": "time_embed.embedded",
+    "ZImageTransformer2DModel": "t_embedder",
+}
 """Path of the layer whose output [B, C] is a model's embedded time, by the name of the model's class."""
 
 
@@ -47,6 +53,16 @@ def time_embedding_of(transformer: nn.Layer) -> nn.Layer:
             return dict(transformer.named_sublayers())[TIME_EMBEDDINGS[cls.__name__]]
     known = ", ".join(sorted(TIME_EMBEDDINGS))
     raise TypeError(f"where {type(transformer).__name__} embeds its time is not known; it is for {known}")
+
+
+def time_channels_of(transformer: nn.Layer) -> int:
+    """Channels of what `time_embedding_of` gives."""
+    layer = time_embedding_of(transformer)
+    linears = [each for each in layer.sublayers() if isinstance(each, nn.Linear)]
+    if linears:
+        return linears[-1].weight.shape[1]
+    config = transformer.config  # a layer that only passes on what the blocks' width was made for
+    return config.num_attention_heads * config.attention_head_dim
 
 
 # ---------------------------------------------------------------------------------------------- two time conditions
@@ -71,8 +87,7 @@ class AuxiliaryTimeEmbedding(nn.Layer):
     @classmethod
     def for_model(cls, transformer: nn.Layer) -> AuxiliaryTimeEmbedding:
         """A new one, as wide as the model's embedded time and hooked into it."""
-        linears = [layer for layer in time_embedding_of(transformer).sublayers() if isinstance(layer, nn.Linear)]
-        embedding = cls(linears[-1].weight.shape[1])
+        embedding = cls(time_channels_of(transformer))
         embedding.hook_into(transformer)
         return embedding
 
@@ -103,10 +118,8 @@ class AuxiliaryTimeEmbedding(nn.Layer):
             _TOLD.reset(token)
 
 
-class _Wrapper:
+class DenoiserWrapper:
     """A denoiser around another, with all its other attributes (`transformer`, `num_taps`, ...)."""
-
-    takes_target_time = True
 
     def __init__(self, denoiser: Any):
         self.denoiser = denoiser
@@ -117,11 +130,13 @@ class _Wrapper:
         return getattr(self.denoiser, name)
 
 
-class ShortcutTimeDenoiser(_Wrapper):
+class ShortcutTimeDenoiser(DenoiserWrapper):
     """A model of one time condition that is shown t − target_t/2: t for target_t = 0, t/2 for target_t = t.
 
     Where no target time is given it is t.
     """
+
+    takes_target_time = True
 
     def __call__(
         self,
@@ -145,12 +160,14 @@ class ShortcutTimeDenoiser(_Wrapper):
         target_t: Tensor | float | None = None,
         guidance: Tensor | float | None = None,
     ) -> list[Tensor]:
-        """See `denoisers.FluxDenoiser.features`."""
+        """See `denoisers.TransformerDenoiser.features`."""
         return self.denoiser.features(x, _shown(t, target_t), cond, taps, guidance=guidance)
 
 
-class TargetTimeDenoiser(_Wrapper):
+class TargetTimeDenoiser(DenoiserWrapper):
     """A model that is told its target time by an auxiliary embedding; where none is given it is t."""
+
+    takes_target_time = True
 
     def __init__(self, denoiser: Any, embedding: AuxiliaryTimeEmbedding):
         super().__init__(denoiser)
@@ -166,7 +183,7 @@ class TargetTimeDenoiser(_Wrapper):
         guidance: Tensor | float | None = None,
     ) -> Tensor:
         """See `denoisers.Denoiser`."""
-        with self.embedding.told(*_both(t, target_t, x.shape[0])):
+        with self.embedding.told(*_both(t, target_t, x)):
             return self.denoiser(x, t, cond, target_t=target_t, guidance=guidance)
 
     def features(
@@ -179,8 +196,8 @@ class TargetTimeDenoiser(_Wrapper):
         target_t: Tensor | float | None = None,
         guidance: Tensor | float | None = None,
     ) -> list[Tensor]:
-        """See `denoisers.FluxDenoiser.features`."""
-        with self.embedding.told(*_both(t, target_t, x.shape[0])):
+        """See `denoisers.TransformerDenoiser.features`."""
+        with self.embedding.told(*_both(t, target_t, x)):
             return self.denoiser.features(x, t, cond, taps, guidance=guidance)
 
 
@@ -188,13 +205,9 @@ def _shown(t: Tensor | float, target_t: Tensor | float | None) -> Tensor | float
     return t - 0.5 * (t if target_t is None else target_t)
 
 
-def _both(t: Tensor | float, target_t: Tensor | float | None, rows: int) -> tuple[Tensor, Tensor]:
-    """t and target_t as float32 [rows]."""
-    first, second = (
-        (each if isinstance(each, Tensor) else paddle.to_tensor(each)).astype("float32").flatten().expand([rows])
-        for each in (t, t if target_t is None else target_t)
-    )
-    return first, second
+def _both(t: Tensor | float, target_t: Tensor | float | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """t and target_t [B], one of each for every row of x."""
+    return per_sample(t, x), per_sample(t if target_t is None else target_t, x)
 
 
 # ---------------------------------------------------------------------------------------------- what a model remembers
@@ -308,7 +321,7 @@ def attached(transformer: nn.Layer) -> dict[str | None, TargetTime]:
     return getattr(transformer, "target_times", {})
 
 
-class AttachedDenoiser(_Wrapper):
+class AttachedDenoiser(DenoiserWrapper):
     """A denoiser that goes the way which belongs to the adapters that are running, or that of the model."""
 
     def _chosen(self) -> Any:
@@ -333,5 +346,5 @@ class AttachedDenoiser(_Wrapper):
         return self._chosen()(x, t, cond, **settings)
 
     def features(self, *arguments: Any, **settings: Any) -> list[Tensor]:
-        """See `denoisers.FluxDenoiser.features`."""
+        """See `denoisers.TransformerDenoiser.features`."""
         return self._chosen().features(*arguments, **settings)

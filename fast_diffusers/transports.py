@@ -7,7 +7,9 @@ F = dx_t/dt = gamma'(t) x0 + alpha'(t) z. Everything is computed in float32, or 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import paddle
 from paddle import Tensor
@@ -25,6 +27,21 @@ def expand_time(t: Tensor | float, like: Tensor) -> Tensor:
     if t.ndim > 1 or t.size not in (1, like.shape[0]):
         raise ValueError(f"time must be a scalar or [{like.shape[0]}], got shape {list(t.shape)}")
     return t.astype(_state_dtype(like)).reshape([-1] + [1] * (like.ndim - 1))
+
+
+def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
+    """A scalar or [B] value (a time, a guidance strength) as [B], one for each row of `like` [B, ...].
+
+    Tensors of float64 stay, all others become float32; numbers take the precision of `like`'s state.
+
+    Raises:
+        ValueError: value is neither a scalar nor [B].
+    """
+    rows = like.shape[0]
+    value = value if isinstance(value, Tensor) else paddle.to_tensor(value, dtype=_state_dtype(like))
+    if value.ndim > 1 or value.size not in (1, rows):
+        raise ValueError(f"expected a scalar or one value for each of {rows} samples, got shape {list(value.shape)}")
+    return value.astype(_state_dtype(value)).expand([rows])
 
 
 class Transport:
@@ -192,6 +209,71 @@ class TrigFlow(Transport):
     def gamma_slope(self, t: Time) -> Time:
         """See `Transport`."""
         return -_sin(abs(t))
+
+
+def flow_time(angle: Time) -> Time:
+    """Time on the linear path of the state that TrigFlow has at an angle in [0, pi/2]: sin t / (sin t + cos t).
+
+    The two states differ by a factor only, see `flow_to_trigflow` (SANA-Sprint, arXiv 2503.09641, section 3.1).
+    """
+    sin, cos = _sin(angle), _cos(angle)
+    return sin / (sin + cos)
+
+
+def angle_of(time: Time) -> Time:
+    """The inverse of `flow_time`: the angle in [0, pi/2] of a time in [0, 1] on the linear path."""
+    return paddle.atan2(time, 1 - time) if isinstance(time, Tensor) else math.atan2(time, 1 - time)
+
+
+@dataclass(frozen=True)
+class FlowAsTrigFlow:
+    """A velocity model of the linear path as a TrigFlow model F; made by `flow_to_trigflow`.
+
+    TrigFlow states x_t = cos(t) x0 + sin(t) z have data and noise of standard deviation `sigma_data`. All methods take
+    angles as scalars or [B], give the state's precision (at least float32), and pass further arguments to the model.
+    """
+
+    velocity: Callable[..., Tensor]
+    sigma_data: float = 0.5
+
+    def __call__(self, x_hat: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
+        """F(x_hat, t), the prediction of cos(t) z - sin(t) x0 in units of sigma_data, at x_hat = x_t / sigma_data."""
+        angle = per_sample(t, x_hat).astype(_angle_dtype(t, x_hat))
+        sin, cos = paddle.sin(angle), paddle.cos(angle)
+        scale = 1 / (sin + cos)  # shrinks the circle's state to the line's, where data and noise sum to 1
+        x_flow = expand_time(scale, x_hat) * _state(x_hat)
+        v = self.velocity(x_flow, (sin * scale).astype(x_flow.dtype), *args, **kwargs)
+        return expand_time(cos - sin, x_hat) * x_flow + expand_time(scale, x_hat) * _state(v).astype(x_flow.dtype)
+
+    def slope(self, x: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
+        """dx_t/dt of the probability-flow ODE at the state x = x_t."""
+        return self.sigma_data * self(_state(x) / self.sigma_data, t, *args, **kwargs)
+
+    def data(self, x: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
+        """cos(t) x_t - sin(t) dx_t/dt, the data (with deviation sigma_data) that the model predicts at x = x_t."""
+        return TrigFlow().predict(x, self.slope(x, t, *args, **kwargs), t)[0]
+
+
+def flow_to_trigflow(velocity: Callable[..., Tensor], sigma_data: float = 0.5) -> FlowAsTrigFlow:
+    """Turn a flow-matching model into a TrigFlow model without training (SANA-Sprint, arXiv 2503.09641, section 3.1).
+
+    With s = `flow_time(t)` and lambda = sqrt(s^2 + (1 - s)^2) = 1 / (sin t + cos t):
+    F(x_hat, t) = (1 - 2 s) x_hat + lambda v(lambda x_hat, s). It is exact: where v is the optimum, so is F.
+
+    Args:
+        velocity: `velocity(x, s, *args, **kwargs)` with x like the state, s [B] of x's dtype; predicts noise - data.
+        sigma_data: standard deviation of data and noise in TrigFlow states, see `FlowAsTrigFlow`. F itself takes and
+            gives states divided by it, whatever it is.
+
+    Returns:
+        A callable `F(x_hat, t, *args, **kwargs)`: float64 for a float64 x_hat, else float32.
+    """
+    return FlowAsTrigFlow(velocity, sigma_data)
+
+
+def _angle_dtype(t: Tensor | float, x: Tensor) -> paddle.dtype:
+    """Trigonometry is done in the better precision of state and angle."""
+    return paddle.float64 if isinstance(t, Tensor) and t.dtype == paddle.float64 else _state_dtype(x)
 
 
 def _sin(t: Time) -> Time:

@@ -2,6 +2,7 @@
 
 from fast_diffusers.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
 from fast_diffusers.schedulers.phased_consistency import PhasedConsistencyScheduler
+from fast_diffusers.schedulers.scm import SCMScheduler
 from fast_diffusers.schedulers.unified import UnifiedScheduler
 
-__all__ = ["FlowMatchEulerDiscreteScheduler", "PhasedConsistencyScheduler", "UnifiedScheduler"]
+__all__ = ["FlowMatchEulerDiscreteScheduler", "PhasedConsistencyScheduler", "SCMScheduler", "UnifiedScheduler"]

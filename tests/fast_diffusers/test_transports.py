@@ -1,9 +1,21 @@
+import math
+
 import numpy as np
 import paddle
 import pytest
 
+from fast_diffusers.forward_ad import central_difference, jvp
 from fast_diffusers.random import Generator, randn
-from fast_diffusers.transports import LinearPath, Relinear, TrigFlow, expand_time
+from fast_diffusers.transports import (
+    LinearPath,
+    Relinear,
+    TrigFlow,
+    angle_of,
+    expand_time,
+    flow_time,
+    flow_to_trigflow,
+    per_sample,
+)
 
 TIMES = paddle.to_tensor([0.0, 0.3, 1.0])
 
@@ -21,6 +33,19 @@ def test_expand_time_broadcasts_over_any_state():
     assert expand_time(0.1, paddle.zeros([3, 5], dtype="float64")).item() == 0.1
     with pytest.raises(ValueError, match=r"scalar or \[2\], got shape \[3\]"):
         expand_time(TIMES, paddle.zeros([2, 4]))
+
+
+def test_per_sample_gives_every_row_its_own():
+    like = paddle.zeros([3, 2, 4, 4])
+    for value in (2, 2.0, paddle.to_tensor(2.0), paddle.to_tensor([2.0]), paddle.to_tensor([2.0, 2.0, 2.0])):
+        made = per_sample(value, like)
+        assert made.dtype == paddle.float32 and made.tolist() == [2.0, 2.0, 2.0]
+    assert per_sample(TIMES.astype("bfloat16"), like).dtype == paddle.float32
+    assert per_sample(TIMES.astype("int64"), like).dtype == paddle.float32
+    assert per_sample(paddle.to_tensor(0.1, dtype="float64"), like).tolist() == [0.1] * 3, "float64 is kept"
+    assert per_sample(0.1, like.astype("float64")).tolist() == [0.1] * 3
+    with pytest.raises(ValueError, match=r"each of 2 samples, got shape \[3\]"):
+        per_sample(TIMES, paddle.zeros([2, 4]))
 
 
 def test_path_and_its_inverses(pair):
@@ -139,3 +164,100 @@ def test_linear_shortcuts_are_its_predictions(pair):
         x_hat, z_hat = LinearPath().predict(x, v, t)
         np.testing.assert_allclose(LinearPath.x0_from_velocity(x, v, t).numpy(), x_hat.numpy(), atol=1e-6)
         np.testing.assert_allclose(LinearPath.noise_from_velocity(x, v, t).numpy(), z_hat.numpy(), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- flow model as TrigFlow
+ANGLES = [math.pi / 2, math.atan(400), 1.3, 1.0, 0.6, 0.01, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("angle", "s", "scale", "weight"),
+    [(1.3, 0.782708, 0.812310, -0.565416), (1.0, 0.608979, 0.723708, -0.217958), (0.6, 0.406224, 0.719436, 0.187552)],
+)
+def test_published_coefficients(angle, s, scale, weight):
+    """F = (1 - 2 s) x_hat + lambda v(lambda x_hat, s)."""
+    seen = []
+
+    def velocity(x, t):
+        seen.append((float(x[0, 0]), float(t[0])))
+        return paddle.ones_like(x)
+
+    model = flow_to_trigflow(velocity)
+    one, zero = (paddle.full([1, 1], value, dtype="float64") for value in (1.0, 0.0))
+    at_one, at_zero = model(one, angle).item(), model(zero, angle).item()
+    assert seen[0] == pytest.approx((scale, s), abs=1e-6)
+    assert at_zero == pytest.approx(scale, abs=1e-6) and at_one - at_zero == pytest.approx(weight, abs=1e-6)
+    assert flow_time(angle) == pytest.approx(s, abs=1e-6)
+
+
+def test_times_and_angles_are_inverses():
+    assert [flow_time(0.0), flow_time(math.pi / 4), flow_time(math.pi / 2)] == pytest.approx([0, 0.5, 1], abs=1e-15)
+    for angle in ANGLES:
+        assert angle_of(flow_time(angle)) == pytest.approx(angle, abs=1e-14)
+    angles = paddle.to_tensor(ANGLES, dtype="float64")
+    np.testing.assert_allclose(flow_time(angles).numpy(), [flow_time(angle) for angle in ANGLES], atol=1e-15)
+    np.testing.assert_allclose(angle_of(flow_time(angles)).numpy(), ANGLES, atol=1e-14)
+
+
+def optimum(x_hat, angle, mean, std):
+    """E[cos(t) z - sin(t) x0 | x_hat] for data N(mean, std^2) and noise N(0, 1), in closed form; numbers or tensors."""
+    cos, sin = (f(angle).reshape([-1, 1]) for f in (paddle.cos, paddle.sin))
+    surprise = (x_hat - cos * mean) / ((cos * std) ** 2 + sin**2)
+    return cos * sin * surprise - sin * (mean + cos * std**2 * surprise)
+
+
+def flow_optimum(x, t, mean, std):
+    """E[noise - data | x] on the linear path."""
+    t = t.reshape([-1, 1])
+    surprise = (x - (1 - t) * mean) / (((1 - t) * std) ** 2 + t**2)
+    return t * surprise - (mean + (1 - t) * std**2 * surprise)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 0.4), (-2.0, 3.0)])
+class TestFlowToTrigFlowOnGaussianData:
+    x_hat = randn([len(ANGLES), 5], Generator(0), "float64")
+    angles = paddle.to_tensor(ANGLES, dtype="float64")
+
+    def test_is_the_optimum(self, mean, std):
+        made = flow_to_trigflow(flow_optimum)(self.x_hat, self.angles, mean, std=std)
+        assert made.dtype == paddle.float64
+        np.testing.assert_allclose(
+            made.numpy(), optimum(self.x_hat, self.angles, mean, std).numpy(), rtol=0, atol=1e-10
+        )
+
+    def test_has_its_derivatives(self, mean, std):
+        x_hat, angles = self.x_hat[2:-1], self.angles[2:-1]
+        tangents = [randn(x_hat.shape, Generator(1), "float64"), randn(angles.shape, Generator(2), "float64")]
+        for given in (tangents, [tangents[0], None], [None, tangents[1]]):
+            _, slope = jvp(lambda x, t: flow_to_trigflow(flow_optimum)(x, t, mean, std), [x_hat, angles], given)
+            exact = central_difference(lambda x, t: optimum(x, t, mean, std), [x_hat, angles], given, 1e-4, order=6)
+            np.testing.assert_allclose(slope.numpy(), exact.numpy(), atol=1e-9 * (1 + float(exact.abs().max())))
+
+    @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+    def test_slope_and_data(self, mean, std, sigma_data):
+        """States whose data and noise have deviation sigma_data."""
+        model, x = flow_to_trigflow(flow_optimum, sigma_data), sigma_data * self.x_hat
+        f = optimum(self.x_hat, self.angles, mean, std)
+        np.testing.assert_allclose(model.slope(x, self.angles, mean, std).numpy(), (sigma_data * f).numpy(), atol=1e-10)
+        cos, sin = (f(self.angles).unsqueeze(-1) for f in (paddle.cos, paddle.sin))
+        expected = sigma_data * (cos * self.x_hat - sin * f)
+        np.testing.assert_allclose(model.data(x, self.angles, mean, std).numpy(), expected.numpy(), atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("t_dtype", [None, "bfloat16", "float32", "float64"])
+def test_flow_to_trigflow_precision(dtype, t_dtype):
+    """Results, and what the model is given, have the state's precision; a model may answer in another one."""
+    computed = paddle.float64 if dtype == "float64" else paddle.float32
+    t = 1.25 if t_dtype is None else paddle.full([2], 1.25, dtype=t_dtype)
+
+    def velocity(x, s):
+        assert (x.dtype, s.dtype, s.shape) == (computed, computed, [2])
+        return x.astype("bfloat16")
+
+    assert flow_to_trigflow(velocity)(paddle.ones([2, 3], dtype=dtype), t).dtype == computed
+
+
+def test_flow_to_trigflow_refuses_other_times():
+    with pytest.raises(ValueError, match=r"each of 2 samples, got shape \[3\]"):
+        flow_to_trigflow(lambda x, s: x)(paddle.ones([2, 3]), paddle.ones([3]))
