@@ -1,12 +1,11 @@
-"""Prompts to token ids, from the files of `transformers`: tokenizer.json, vocab.json + merges.txt, or spiece.model."""
+"""Prompts to token ids for CLIP and T5, from tokenizer.json, vocab.json + merges.txt, or spiece.model."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import paddle
@@ -14,70 +13,29 @@ import tokenizers
 from paddle import Tensor
 
 from fast_diffusers.errors import UserError
+from fast_diffusers.text_encoders.tokenizer_files import StoredTokenizer, read_merges, read_tokenizer_json
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-class Tokenizer:
+class Tokenizer(StoredTokenizer):
     """Fixed-length token ids of prompts: start token (if any), text, end token, padding.
 
-    Subclasses say which special tokens surround the text and which files can define the vocabulary. Build one with
-    `from_pretrained`; `save_pretrained` writes the very files it was read from.
+    Subclasses say which special tokens surround the text.
     """
 
     start_token: ClassVar[str | None] = None
     end_token: ClassVar[str]
     pad_token: ClassVar[str]
-    default_max_length: ClassVar[int]
-    vocabularies: ClassVar[tuple[tuple[str, ...], ...]]
-    """Alternative sets of files that define the vocabulary, in order of preference."""
 
     def __init__(self, files: Mapping[str, bytes]):
-        self._files = dict(files)
-        self._encode, self._token_id = self._build(self._files)
-        settings = json.loads(self._files.get("special_tokens_map.json", b"{}"))
-        settings |= json.loads(self._files.get("tokenizer_config.json", b"{}"))
-        pad = settings.get("pad_token") or self.pad_token
-        self.pad_id = self._require(pad["content"] if isinstance(pad, dict) else pad)
-        self.start_ids = [] if self.start_token is None else [self._require(self.start_token)]
-        self.end_id = self._require(self.end_token)
-        longest = settings.get("model_max_length", self.default_max_length)
-        self.model_max_length: int = int(longest) if longest < 1e9 else self.default_max_length
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path, subfolder: str | None = None) -> Self:
-        """Read a tokenizer folder.
-
-        Raises:
-            FileNotFoundError: the folder holds none of the vocabularies this class reads.
-            UserError: a file cannot be parsed, or lacks a special token.
-        """
-        folder = Path(directory, subfolder or "")
-        for names in cls.vocabularies:
-            if all((folder / name).is_file() for name in names):
-                break
-        else:
-            wanted = " or ".join(" + ".join(names) for names in cls.vocabularies)
-            raise FileNotFoundError(f"no {cls.__name__} vocabulary in {folder}: expected {wanted}")
-        # The other vocabularies travel along, so that what is saved is what was loaded.
-        known = {name for names in cls.vocabularies for name in names} | set(CONFIG_FILES)
-        files = {name: (folder / name).read_bytes() for name in sorted(known) if (folder / name).is_file()}
-        try:
-            return cls(files)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
-        except Exception as error:  # the tokenizers library raises bare Exception, sentencepiece RuntimeError
-            raise UserError(f"{folder}: {' + '.join(names)} cannot be read as a {cls.__name__}: {error}") from error
-
-    def save_pretrained(self, directory: str | Path, layout: str = "paddle") -> None:
-        """Write the tokenizer's files (the same in every layout)."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self._files.items():
-            (folder / name).write_bytes(content)
+        super().__init__(files)
+        self._encode, token_id = self._build(self._files)
+        self.pad_id = self._require(self._special("pad_token", self.pad_token), token_id)
+        self.start_ids = [] if self.start_token is None else [self._require(self.start_token, token_id)]
+        self.end_id = self._require(self.end_token, token_id)
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None) -> Tensor:
         """Token ids, int64 [len(texts), max_length], padded on the right.
@@ -104,16 +62,8 @@ class Tokenizer:
     @classmethod
     def _build(cls, files: Mapping[str, bytes]) -> tuple[Callable[[str], list[int]], Callable[[str], int | None]]:
         """The text -> ids function (without special tokens) and the token -> id function."""
-        model = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-        model.no_truncation()
-        model.no_padding()
+        model = read_tokenizer_json(files)
         return lambda text: model.encode(text, add_special_tokens=False).ids, model.token_to_id
-
-    def _require(self, token: str) -> int:
-        index = self._token_id(token)
-        if index is None:
-            raise UserError(f"the vocabulary has no {token!r}, which {type(self).__name__} needs")
-        return index
 
 
 class CLIPTokenizer(Tokenizer):
@@ -129,12 +79,10 @@ class CLIPTokenizer(Tokenizer):
     def _build(cls, files: Mapping[str, bytes]) -> tuple[Callable[[str], list[int]], Callable[[str], int | None]]:
         if "tokenizer.json" in files:
             return super()._build(files)
-        lines = files["merges.txt"].decode("utf-8").split("\n")
-        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
         model = tokenizers.Tokenizer(
             tokenizers.models.BPE(
                 vocab=json.loads(files["vocab.json"]),
-                merges=merges,
+                merges=read_merges(files),
                 end_of_word_suffix="</w>",
                 unk_token=cls.end_token,
             )

@@ -160,10 +160,10 @@ def save(model: transformers.PreTrainedModel, folder: Path, **options) -> None:
 
 
 def main() -> None:
-    shutil.rmtree(OUT, ignore_errors=True)
     clip, t5 = OUT / "clip", OUT / "t5"
-    clip.mkdir(parents=True)
-    t5.mkdir()
+    for folder in (clip, t5):  # the other goldens are make_decoder_goldens.py's
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     tokenizer, tokenizer_2 = clip_tokenizer(clip), t5_tokenizer(t5)
     arrays = clip_model(clip, tokenizer) | t5_model(t5, tokenizer_2)
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, OUT / "outputs.safetensors")
