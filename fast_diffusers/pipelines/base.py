@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import UnionType
+from typing import Any, ClassVar, Self, get_args
 
 import paddle
 from paddle import Tensor
@@ -16,11 +17,12 @@ from ppdiffusers import DiffusionPipeline, SchedulerMixin
 from ppdiffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from fast_diffusers.conditioning import Cond
-from fast_diffusers.denoisers import Denoiser, denoiser_for
+from fast_diffusers.denoisers import ClassifierFree, Denoiser, denoiser_for
 from fast_diffusers.errors import UserError
 from fast_diffusers.pipelines.components import (
     INDEX,
     LAYOUTS,
+    PIPELINE_ALIASES,
     index_entry,
     load_component,
     read_index,
@@ -47,7 +49,11 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
     conditioning and latents into images. `Pipeline.from_pretrained` opens a pipeline of any class.
     """
 
-    component_types: ClassVar[Mapping[str, type]]
+    component_types: ClassVar[Mapping[str, type | UnionType]]
+    _optional_components: ClassVar[Sequence[str]] = ()
+    """Components that a model_index.json need not name."""
+    classifier_free: ClassVar[type[ClassifierFree]] = ClassifierFree
+    """How a call with a negative prompt is guided."""
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "pooled_prompt_embeds")
 
     # ---- geometry and conversion, for subclasses to give -------------------------------------------------------------
@@ -91,8 +97,9 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
         """Set the components, after checking their types; None is an absent one."""
         for name, component in components.items():
             if component is not None and not isinstance(component, self.component_types[name]):
+                kinds = get_args(self.component_types[name]) or (self.component_types[name],)
                 raise UserError(
-                    f"{type(self).__name__}: {name} must be of class {self.component_types[name].__name__}, "
+                    f"{type(self).__name__}: {name} must be of class {kinds[0].__name__}, "
                     f"got {type(component).__name__}"
                 )
         super().register_modules(**components)
@@ -126,7 +133,7 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
                 logger.warning("%s has no part %r: the one in %s is not used", cls.__name__, name, directory)
         arguments = {name: index[name] for name in settings if name in index} | components
         for name in cls.component_types:
-            if name not in components:
+            if name not in components and (name in index or name not in cls._optional_components):
                 if name not in index:
                     raise UserError(f"{directory / INDEX} has no {name!r}; pass {name}= (None to do without it)")
                 arguments[name] = load_component(directory, name, index[name], paddle_dtype)
@@ -138,10 +145,15 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
     @classmethod
     def _class_named(cls, name: str, directory: Path) -> type[Self]:
         """The pipeline class of that name, which must be this one or derive from it."""
+        name = PIPELINE_ALIASES.get(name, name)
         known = {each.__name__: each for each in (cls, *cls.__subclasses__()) if each is not Pipeline}
         if name not in known:
             raise UserError(f"{directory} holds a {name}, expected a pipeline of class {' or '.join(sorted(known))}")
         return known[name]
+
+    def _name_in(self, layout: str) -> str:
+        """The pipeline's class name in a layout's model_index.json."""
+        return type(self).__name__
 
     def save_pretrained(self, directory: str | os.PathLike, layout: str = "paddle") -> None:
         """Write a folder that `from_pretrained` opens, and PyTorch diffusers too if `layout` is "diffusers".
@@ -151,7 +163,12 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
         if layout not in LAYOUTS:
             raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         components = {name: getattr(self, name) for name in self.component_types}
-        entries = {name: index_entry(component, layout) for name, component in components.items()}
+        class_name = self._name_in(layout)
+        entries = {
+            name: index_entry(component, layout)
+            for name, component in components.items()
+            if component is not None or name not in self._optional_components
+        }
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / INDEX).unlink(missing_ok=True)  # written last: a folder that has one is complete
@@ -160,7 +177,7 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
                 save_component(component, directory / name, layout)
         names = set(inspect.signature(type(self).__init__).parameters) & set(self.config) - set(components)
         save_attached(self.transformer, directory)
-        write_index(directory, type(self).__name__, {name: self.config[name] for name in names} | entries)
+        write_index(directory, class_name, {name: self.config[name] for name in names} | entries)
 
     # ---- generation --------------------------------------------------------------------------------------------------
 
@@ -184,10 +201,20 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
         joint_attention_kwargs: Mapping[str, Any] | None,
         callback_on_step_end: Callback | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        negative: Callable[[], Cond] | None = None,
+        denoiser: Denoiser | None = None,
+        schedule: Mapping[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """From prompts to images: check, `encode` (called once, giving a row a prompt), denoise, decode.
 
-        The other arguments are those of a pipeline's call. Images of one prompt are neighbours in the output.
+        Images of one prompt are neighbours in the output. The other arguments are those of a pipeline's call, and:
+
+        Args:
+            negative: gives what classifier-free guidance leads away from, a row a prompt, with the names (control
+                aside) and shapes of what `encode` gives; `guidance_scale` is then the strength of that guidance. None
+                guides only where the transformer embeds guidance.
+            denoiser: what to run instead of `self.denoiser`.
+            schedule: more arguments for the scheduler's `set_timesteps`; None among them stands for its default.
         """
         self._check_output(output_type)
         self._check_callback_inputs(callback_on_step_end_tensor_inputs)
@@ -203,28 +230,39 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
         shape = self._latent_shape(batch, height, width)
         if latents is not None and list(latents.shape) != shape:
             raise UserError(f"latents must have shape {shape} for this call, got {list(latents.shape)}")
-        self._set_timesteps(num_inference_steps, timesteps, sigmas, shape)
+        self._set_timesteps(num_inference_steps, timesteps, sigmas, shape, schedule or {})
         with self._lora_scale(joint_attention_kwargs):
             cond = encode().repeat_interleave(num_images_per_prompt)
+            null = None if negative is None else negative().repeat_interleave(num_images_per_prompt)
             latents = randn(shape, generator) if latents is None else latents.astype("float32")
-            guidance = self._embedded_guidance(guidance_scale, batch)
+            latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            guidance = self._embedded_guidance(guidance_scale, batch) if null is None else guidance_scale
             latents = self._denoise(
-                latents, cond, guidance, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
+                self.denoiser if denoiser is None else denoiser,
+                latents,
+                cond,
+                null,
+                guidance,
+                generator,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
             )
         images = self._to_output(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _denoise(
         self,
+        denoiser: Denoiser,
         latents: Tensor,
         cond: Cond,
-        guidance: Tensor | None,
+        null: Cond | None,
+        guidance: Tensor | float | None,
         generator: AnyGenerator | Sequence[AnyGenerator] | None,
         callback: Callback | None,
         callback_inputs: Sequence[str],
     ) -> Tensor:
-        """Run the scheduler's steps from `latents` to data, float32."""
-        scheduler, denoiser = self.scheduler, self.denoiser
+        """Run the scheduler's steps from `latents` to data, float32; away from `null` if it is given."""
+        scheduler = self.scheduler
         target_times = getattr(scheduler, "target_times", None)
         _check_target_times(scheduler, denoiser)
         # ppdiffusers' own schedulers know another kind of generator, which does nothing on CPU.
@@ -235,36 +273,49 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
             for i, timestep in enumerate(scheduler.timesteps):
                 t = timestep / scheduler.config.num_train_timesteps
                 target_t = None if target_times is None else target_times[i]
-                velocity = denoiser(latents, t, cond, target_t=target_t, guidance=guidance)
+                model = denoiser if null is None else self.classifier_free(denoiser, null)
+                velocity = model(latents, t, cond, target_t=target_t, guidance=guidance)
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
                 if callback is not None:
-                    tensors = {"latents": latents, **cond}
-                    changed = callback(self, i, timestep, {name: tensors[name] for name in callback_inputs}) or {}
+                    tensors = {"latents": latents, **cond, **({} if null is None else _negative_names(null))}
+                    asked = {name: tensors[name] for name in callback_inputs if name in tensors}
+                    changed = callback(self, i, timestep, asked) or {}
                     latents = changed.get("latents", latents)
                     cond = Cond({name: changed.get(name, tensor) for name, tensor in cond.items()})
+                    if null is not None:
+                        null = Cond({name: changed.get(f"negative_{name}", each) for name, each in null.items()})
                 progress.update()
         return latents
 
     def _embedded_guidance(self, scale: float, batch: int) -> Tensor | None:
         """Guidance [batch] for a transformer that embeds it, else None."""
-        return paddle.full([batch], scale, dtype="float32") if self.transformer.config.guidance_embeds else None
+        return paddle.full([batch], scale, dtype="float32") if self.denoiser.embeds_guidance else None
 
     def _set_timesteps(
-        self, steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, shape: Sequence[int]
+        self,
+        steps: int,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+        shape: Sequence[int],
+        more: Mapping[str, Any],
     ) -> None:
-        """Tell the scheduler what to visit for latents of `shape`."""
+        """Tell the scheduler what to visit for latents of `shape`; `more` are further arguments, None a default."""
         scheduler, accepted = self.scheduler, inspect.signature(self.scheduler.set_timesteps).parameters
         custom = {k: v for k, v in {"timesteps": timesteps, "sigmas": sigmas}.items() if v is not None}
         if len(custom) > 1:
             raise UserError("pass timesteps or sigmas, not both")
-        for name in custom:
+        more = {name: value for name, value in more.items() if value is not None}
+        for name in custom | more:
             if name not in accepted:
                 raise UserError(f"{type(scheduler).__name__} does not take {name}: pass num_inference_steps instead")
-        options = custom or {"num_inference_steps": steps}
+        options = (custom or {"num_inference_steps": steps}) | more
         if scheduler.config.get("use_dynamic_shifting"):
             latents_per_token = (self.pixels_per_token // self.pixels_per_latent) ** 2
             options["mu"] = scheduler_mu(scheduler.config, shape[2] * shape[3] // latents_per_token)
-        scheduler.set_timesteps(**options)
+        try:
+            scheduler.set_timesteps(**options)
+        except ValueError as error:  # levels that it cannot visit
+            raise UserError(str(error)) from error
 
     def _latent_shape(self, batch: int, height: int | None, width: int | None) -> list[int]:
         """[B, C, h, w] of images of that size in pixels."""
@@ -296,6 +347,11 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
         return images if output_type == "np" else self.numpy_to_pil(images)
 
 
+def _negative_names(null: Cond) -> dict[str, Tensor]:
+    """The tensors that guidance leads away from, as the callback calls them."""
+    return {f"negative_{name}": tensor for name, tensor in null.items()}
+
+
 def _check_target_times(scheduler: SchedulerMixin, denoiser: Denoiser) -> None:
     """UserError unless the model reads times as the scheduler gives them."""
     if not isinstance(scheduler, UnifiedScheduler):
@@ -317,3 +373,9 @@ def as_prompts(prompt: str | Sequence[str], what: str = "prompt") -> list[str]:
     if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise UserError(f"{what} must be a string or a non-empty list of strings, got {prompt!r:.80}")
     return list(prompts)
+
+
+def encode_distinct(texts: Sequence[str], encode: Callable[[list[str]], Cond]) -> Cond:
+    """Rows of `encode(list of texts)`, computed once for each distinct text and put in the order of `texts`."""
+    distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    return encode(list(distinct)).mask([distinct[text] for text in texts])

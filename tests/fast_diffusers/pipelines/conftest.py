@@ -79,5 +79,11 @@ def digits() -> FluxLabelPipeline:
 
 
 @pytest.fixture(scope="session")
+def text_assets() -> Path:
+    """The goldens of text encoders and tokenizers."""
+    return TEXT
+
+
+@pytest.fixture(scope="session")
 def make_label_pipeline():
     return label_pipeline

@@ -165,7 +165,7 @@ def test_missing_subfolder(folder, name):
         ("AutoencoderKL", r"'vae' should be \[library, class\], not 'AutoencoderKL'"),
         (
             ["diffusers", "AutoencoderTiny"],
-            "'vae' is of class AutoencoderTiny, supported are AutoencoderKL, .*pass vae=",
+            "'vae' is of class AutoencoderTiny, supported are AutoencoderDC, AutoencoderKL, .*pass vae=",
         ),
         (["diffusers", "FluxTransformer2DModel"], "holds a AutoencoderKL, not a FluxTransformer2DModel"),
     ],
