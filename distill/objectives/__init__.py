@@ -9,6 +9,18 @@ from distill.objectives.consistency import phased_consistency
 from distill.objectives.distribution_matching import distribution_matching, fake_score
 from distill.objectives.rcgm import rcgm
 from distill.objectives.reflow import reflow
+from distill.objectives.trigflow_adversarial import trigflow_adversarial
+from distill.objectives.trigflow_consistency import trigflow_consistency
 from distill.objectives.twinflow import twinflow
 
-__all__ = ["adversarial", "distribution_matching", "fake_score", "phased_consistency", "rcgm", "reflow", "twinflow"]
+__all__ = [
+    "adversarial",
+    "distribution_matching",
+    "fake_score",
+    "phased_consistency",
+    "rcgm",
+    "reflow",
+    "trigflow_adversarial",
+    "trigflow_consistency",
+    "twinflow",
+]
