@@ -1,12 +1,14 @@
-"""The `fast-diffusers` command: demo, train, sample, eval, doctor."""
+"""The `fast-diffusers` command: demo, train, sample, eval, convert, doctor."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import paddle
@@ -49,7 +51,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         return _run_script(SCRIPTS[arguments.command], arguments.command, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return sample(arguments) if arguments.command == "sample" else diagnose(arguments)
+    return {"sample": sample, "convert": convert, "doctor": diagnose}[arguments.command](arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,16 +67,18 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_parser("teacher", add_help=False, help="train a small FLUX teacher from scratch")
     _add_sample_arguments(commands.add_parser("sample", help="generate images", allow_abbrev=False))
     commands.add_parser("eval", add_help=False, help="measure a student against its teacher and real data")
+    _add_convert_arguments(
+        commands.add_parser(
+            "convert", help="rewrite a pipeline, model or LoRA in Paddle's or diffusers' layout", allow_abbrev=False
+        )
+    )
     report = commands.add_parser("doctor", help="check this installation and say what will run how")
     report.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
 
 def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-    def add(name: str, **settings) -> None:
-        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-        parser.add_argument(*spellings, **settings)
-
+    add = partial(_add_option, parser)
     add("model", default="digits", metavar="DIR", help="pipeline folder, or a shipped one (default: %(default)s)")
     add("prompt", action="append", required=True, help="what to draw; repeat for several")
     add("lora", metavar="PATH", help="LoRA file, or folder with one, to add to the model")
@@ -90,6 +94,23 @@ def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("width", type=int, help="in pixels (default: the model's)")
     add("dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)")
     add("output_dir", default="outputs/samples", metavar="DIR", help="where the PNG files go (default: %(default)s)")
+
+
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    add = partial(_add_option, parser)
+    parser.add_argument("source", metavar="SOURCE", help="folder of a pipeline or model, or LoRA file")
+    parser.add_argument("target", metavar="TARGET", help="what to write: a new folder, or LoRA file")
+    add("layout", required=True, choices=["paddle", "diffusers"], help="of what is written")
+    add("max_shard_size", default="10GB", metavar="SIZE", help="split larger weights (default: %(default)s)")
+    add("without", action="append", default=[], metavar="NAME", help="leave a pipeline's component out; repeatable")
+    add("model", metavar="DIR", help="model or pipeline that a LoRA is for, where its names do not tell its layers")
+    add("lora_alpha", type=float, help="alpha of a LoRA file that does not store it")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, with every name in it")
+
+
+def _add_option(parser: argparse.ArgumentParser, name: str, **settings) -> None:
+    """An option that may be spelled with underscores or hyphens."""
+    parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **settings)
 
 
 def sample(arguments: argparse.Namespace) -> int:
@@ -124,6 +145,23 @@ def sample(arguments: argparse.Namespace) -> int:
     for i, image in enumerate(images):
         image.save(folder / f"image-{i:03d}.png")
     print(f"{count} images in {folder} ({arguments.steps} steps on {paddle.get_device()})")
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert files, see `fast_diffusers.convert`, and print what was done."""
+    from fast_diffusers.convert import convert as run
+
+    report = run(
+        arguments.source,
+        arguments.target,
+        arguments.layout,
+        max_shard_size=arguments.max_shard_size,
+        without=arguments.without,
+        model=arguments.model,
+        alpha=arguments.lora_alpha,
+    )
+    print(json.dumps(report.as_json(), indent=2) if arguments.json else report.as_text())
     return 0
 
 

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -190,3 +191,43 @@ class TestSample:
         defaults = ["--model", f"{model}/pipe", "--prompt", "3", "--output_dir", str(tmp_path / "out")]
         assert message in error_of("sample", *defaults, *arguments)
         assert not (tmp_path / "out").exists()
+
+
+class TestConvert:
+    def test_a_pipeline_there_and_back(self, model, tmp_path, capsys):
+        assert run("convert", f"{model}/pipe", str(tmp_path / "a"), "--layout", "diffusers") == 0
+        printed = capsys.readouterr().out
+        assert "pipeline" in printed and "transformer: FluxTransformer2DModel, from paddle layout" in printed
+        arguments = ["--layout", "paddle", "--max-shard-size", "8KB", "--without", "scheduler", "--json"]
+        assert run("convert", str(tmp_path / "a"), str(tmp_path / "b"), *arguments) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert {part["name"]: part["action"] for part in report["parts"]} == {
+            "scheduler": "left out",
+            "transformer": "converted",
+        }
+        assert len(list((tmp_path / "b" / "transformer").glob("*.safetensors"))) > 1
+
+    def test_a_lora(self, model, tmp_path, capsys):
+        target = tmp_path / "lora.safetensors"
+        arguments = ["--layout", "diffusers", "--model", f"{model}/pipe", "--lora_alpha", "3"]
+        assert run("convert", f"{model}/lora", str(target), *arguments) == 0
+        assert "alpha 3 (given)" in capsys.readouterr().out
+        assert target.is_file()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("nowhere", "out", "--layout", "paddle"), "nowhere does not exist"),
+            (("PIPE", "PIPE", "--layout", "paddle"), "exists already"),
+            (("PIPE", "out", "--layout", "paddle", "--without", "vae"), "has no component vae"),
+            (("PIPE", "out", "--layout", "paddle", "--max_shard_size", "big"), "bad size 'big'"),
+        ],
+    )
+    def test_errors_are_one_line(self, model, error_of, tmp_path, monkeypatch, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        assert message in error_of("convert", *(a.replace("PIPE", f"{model}/pipe") for a in arguments))
+        assert not list(tmp_path.iterdir())
+
+    def test_a_layout_is_needed(self, model, tmp_path, capsys):
+        assert run("convert", f"{model}/pipe", str(tmp_path / "a")) == 2
+        assert "--layout" in capsys.readouterr().err

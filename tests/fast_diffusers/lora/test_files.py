@@ -241,7 +241,7 @@ def test_missing_files(toy, tmp_path):
 def test_corrupt_files(saved, fresh, damage):
     file, _ = saved
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match=r"pytorch_lora_weights.safetensors is not a readable safetensors file"):
+    with pytest.raises(UserError, match=r"pytorch_lora_weights.safetensors is truncated or not a safetensors file"):
         lora.load(fresh, file)
     assert lora.adapters(fresh) == {}
 
@@ -251,7 +251,7 @@ def test_corrupt_files(saved, fresh, damage):
     [
         (
             lambda key, value: (key.replace("to_q", "to_qkv"), value),
-            r"for another model: .* no linear layers for blocks.0.attn.to_qkv.lora_A.weight, .* and 1 more$",
+            r"for another model: .* no linear layers for blocks.0.attn.to_qkv, blocks.1.attn.to_qkv$",
         ),
         (
             lambda key, value: (key, np.zeros((3, 99), np.float32) if "proj_out.lora_A" in key else value),
