@@ -11,7 +11,7 @@ from distill.config import DataConfig
 from distill.data import ImageBatches, LatentCache, Source, jsonl_log, open_source
 from distill.data.loader import Batches
 from fast_diffusers.conditioning import Cond
-from fast_diffusers.denoisers import Denoiser
+from fast_diffusers.denoisers import ClassifierFree, Denoiser
 from fast_diffusers.samplers.loop import Velocity
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -72,13 +72,17 @@ class Encoder:
         if present:
             self.pipe.register_modules(**dict.fromkeys(present))
 
-    def velocity(self, denoiser: Denoiser, prompts: list[str]) -> Velocity:
-        """What a sampler evaluates to draw these prompts, at the encoder's guidance if the model embeds it."""
-        cond, guidance = self.prompts(prompts), self._guidance()
-        return lambda x, t, target_t: denoiser(x, t, cond, target_t=target_t, guidance=guidance)
+    def velocity(self, denoiser: Denoiser, prompts: list[str], guided: bool = False) -> Velocity:
+        """What a sampler evaluates to draw these prompts, at the encoder's guidance if the denoiser embeds it.
 
-    def _guidance(self) -> float | None:
-        return self.guidance_scale if self.pipe.transformer.config.guidance_embeds else None
+        guided: classifier-free guidance where it does not, as teachers need it; the guidance of their students is
+        either embedded or none.
+        """
+        told = embeds_guidance(denoiser)
+        if guided and not told:
+            denoiser, told = ClassifierFree(denoiser, self.prompts([""])), True
+        cond, guidance = self.prompts(prompts), self.guidance_scale if told else None
+        return lambda x, t, target_t: denoiser(x, t, cond, target_t=target_t, guidance=guidance)
 
     def batch(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """What a loader gives, images and prompts or cached latents and embeddings, as an objective's batch.
@@ -92,13 +96,18 @@ class Encoder:
         else:
             latents, cond = self.images(raw["images"]), self.prompts(raw["prompts"])
         size = latents.shape[0]
-        guidance = self._guidance()
+        guidance = self.guidance_scale if embeds_guidance(self.pipe.denoiser) else None
         return {
             "latents": latents,
             "cond": cond,
             "null_cond": self.prompts([""]).expand(size),
             "guidance": None if guidance is None else paddle.full([size], guidance),
         }
+
+
+def embeds_guidance(denoiser: Denoiser) -> bool:
+    """Whether a denoiser takes a guidance strength; functions, which do not say, are given it."""
+    return getattr(denoiser, "embeds_guidance", True)
 
 
 def open_batches(

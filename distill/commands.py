@@ -128,6 +128,7 @@ class SampleGrid:
 
     Args:
         sampler: `sampler(velocity, noise, *, steps, generator)`.
+        guided: use classifier-free guidance where it is not embedded, see `Encoder.velocity`.
         seed: of the initial noise, and of what the sampler draws.
         write: False on the ranks that only measure.
     """
@@ -142,6 +143,7 @@ class SampleGrid:
         steps: int,
         prompts: list[str],
         sampler: Sampler,
+        guided: bool = False,
         seed: int = 0,
         write: bool = True,
     ):
@@ -149,12 +151,12 @@ class SampleGrid:
         shape += [data.height // pipe.pixels_per_latent, data.width // pipe.pixels_per_latent]
         self.noise = paddle.to_tensor(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
         self.pipe, self.encoder, self.prompts, self.folder = pipe, encoder, prompts, folder
-        self.steps, self.sampler, self.seed, self.write = steps, sampler, seed, write
+        self.steps, self.sampler, self.guided, self.seed, self.write = steps, sampler, guided, seed, write
 
     @paddle.no_grad()
     def __call__(self, done: int, denoiser: Denoiser | None = None) -> dict[str, float]:
         """`denoiser`: whose samples; the pipeline's by default."""
-        velocity = self.encoder.velocity(denoiser or self.pipe.denoiser, self.prompts)
+        velocity = self.encoder.velocity(denoiser or self.pipe.denoiser, self.prompts, self.guided)
         latents = self.sampler(velocity, self.noise, steps=self.steps, generator=Generator(self.seed))
         if self.write:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -17,12 +17,15 @@ class ModelConfig:
 class OptimizerConfig:
     """An optimiser with its learning-rate schedule and gradient clipping; see `distill.optim`."""
 
-    kind: Literal["adamw", "adafactor"] = entry(
-        "adamw", doc="adafactor: with a factored second moment, for less memory"
+    kind: Literal["adamw", "adafactor", "came"] = entry(
+        "adamw", doc="adafactor, came: with a factored second moment, for less memory"
     )
     lr: float = number(1e-4, minimum=0, doc="peak learning rate")
     betas: tuple[float, float] = number((0.9, 0.999), minimum=0, below=1, doc="decay of the first and second moment")
-    eps: float = number(1e-8, above=0, doc="added to the root of the second moment")
+    confidence_decay: float = number(0.9999, minimum=0, below=1, doc="came: decay of the updates' instability")
+    eps: float | None = number(
+        None, above=0, doc="added to the root of the second moment (null: 1e-8); came: to squares (null: 1e-30)"
+    )
     weight_decay: float = number(1e-3, minimum=0, doc="decoupled weight decay, on every parameter")
     grad_clip_norm: float | None = number(1.0, above=0, doc="largest global gradient norm; null: no clipping")
     schedule: Literal["constant", "cosine", "linear"] = entry("constant", doc="after warm-up: stay, or decay to zero")
@@ -96,6 +99,7 @@ class TrainerConfig:
     gradient_checkpointing: bool = entry(False, doc="recompute block activations in the backward pass")
     seed: int = number(0, minimum=0, maximum=2**63 - 1, doc="of data order, draws and initial weights")
     on_nonfinite: Literal["stop", "skip"] = entry("stop", doc="when a loss or gradient is not finite")
+    max_skips: int = number(3, minimum=1, doc="with skip: so many of a player in a row stop the run")
     health: HealthConfig = HealthConfig()
     output_dir: str = entry("outputs/train", doc="checkpoints, logs and samples")
     checkpoint_every: int = number(500, minimum=1, doc="steps between checkpoints")

@@ -43,11 +43,13 @@ from distill.metrics.sampling import Sampler, SampleRunner, Samples, SampleSetti
 from distill.parallel import World, any_rank, init
 from distill.recipe import from_overrides
 from distill.roles import AdapterRole
-from distill.samplers import UnifiedConfig
+from distill.samplers import SAMPLERS
 from fast_diffusers.denoisers import Denoiser
 from fast_diffusers.errors import UserError
-from fast_diffusers.pipelines import FluxLabelPipeline, Pipeline
-from fast_diffusers.pipelines.shipped import open_pipeline
+from fast_diffusers.pipelines import Pipeline
+from fast_diffusers.pipelines.components import INDEX
+from fast_diffusers.pipelines.label import LabelMethods
+from fast_diffusers.pipelines.shipped import SHIPPED, open_pipeline
 from fast_diffusers.samplers import euler, phased
 from fast_diffusers.time_grids import PhaseGrid, scheduler_mu
 
@@ -87,7 +89,10 @@ def evaluate_samples(
 
 @dataclass(frozen=True)
 class _Run:
-    """A row of the table before it is sampled. `cache_key` names the sampler of a run that may be cached."""
+    """A row of the table before it is sampled.
+
+    cache_key: names the sampler of a run that may be cached. guided: see `SampleRunner.run`.
+    """
 
     role: str
     steps: int
@@ -95,6 +100,7 @@ class _Run:
     denoiser: Denoiser
     sampler: Sampler
     cache_key: str | None = None
+    guided: bool = False
     note: str = ""
 
 
@@ -117,7 +123,8 @@ def compare(
 ) -> Comparison:
     """Sample teacher and student from the same noise and prompts, and measure both.
 
-    The teacher, `pipe` without adapters, takes Euler steps along its scheduler's shift.
+    The teacher, `pipe` without adapters, takes Euler steps along its scheduler's shift, with classifier-free guidance
+    where it embeds none.
 
     Args:
         student: what to compare with it, such as `AdapterRole(pipe.denoiser, pipe.transformer, "default")`.
@@ -180,7 +187,7 @@ def _plan(
 ) -> list[_Run]:
     """The reference first, the same from the common noise, then teacher and student at each number of steps."""
     teacher = AdapterRole(pipe.denoiser, pipe.transformer, None)
-    along_shift = (teacher, partial(euler, mu=mu), f"euler {mu!r}")
+    along_shift = (teacher, partial(euler, mu=mu), f"euler {mu!r}", True)
     runs = [_Run("teacher", reference_steps, seed + 1, *along_shift, note=REFERENCE)]
     runs.append(_Run("teacher", reference_steps, seed, *along_shift))
     runs += [_Run("teacher", n, seed, *along_shift) for n in sorted(steps, reverse=True) if n != reference_steps]
@@ -204,7 +211,7 @@ def _sample_all(runner: SampleRunner, runs: Sequence[_Run], cache: Path | None) 
         for index, (each, path) in enumerate(zip(runs, paths, strict=True)):
             if found[index] is None:
                 progress.set_description(f"{each.role}, {each.steps} steps")
-                found[index] = runner.run(each.denoiser, each.sampler, each.steps, each.seed, progress)
+                found[index] = runner.run(each.denoiser, each.sampler, each.steps, each.seed, progress, each.guided)
                 if path is not None and runner.world.is_main:
                     found[index].save(path)
     return found
@@ -234,7 +241,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     def add(name: str, **settings: Any) -> None:
         parser.add_argument(*dict.fromkeys([name, f"--{name[2:].replace('_', '-')}"]), **settings)
 
-    add("--model", default="digits", help="the teacher: a pipeline folder, or the shipped 'digits' (%(default)s)")
+    add(
+        "--model",
+        default="digits",
+        help=f"the teacher: a pipeline folder, or a shipped one: {', '.join(SHIPPED)} (%(default)s)",
+    )
     add("--lora", type=Path, help="the student's LoRA file or folder; without it the teacher alone is measured")
     add("--student", type=Path, help="the student's pipeline folder, where it is a whole model and not a LoRA")
     add("--lora_alpha", type=float, help="alpha of a LoRA file that does not store it")
@@ -242,26 +253,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--num_samples", type=int, default=2000, help="(%(default)s)")
     add("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="few-step counts (1 2 4 8)")
     add("--reference_steps", type=int, default=50, help="of the teacher's reference samples (%(default)s)")
-    add("--sampler", choices=["phased", "unified"], default="phased", help="of the student (%(default)s)")
-    setting = "a setting of --sampler unified, such as style=few or gap=[0.001,0.6]; repeat for several"
+    add("--sampler", choices=["phased", *SAMPLERS], default="phased", help="of the student (%(default)s)")
+    setting = "a setting of --sampler unified or trigflow, such as style=few or angles=[1.5,1,0]; repeat for several"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
     add("--num_cells", type=int, default=100, help="of the student's training recipe (%(default)s)")
     add("--num_phases", type=int, default=4, help="of the student's training recipe (%(default)s)")
-    add("--guidance_scale", type=float, default=3.5, help="(%(default)s)")
+    add("--guidance_scale", type=float, default=3.5, help="1: none, for models that take none (%(default)s)")
     add("--height", type=int, help="pixels; the model's own by default")
     add("--width", type=int, help="pixels; the model's own by default")
     add("--batch_size", type=int, default=250, help="does not change the noise (%(default)s)")
     add("--seed", type=int, default=0, help="of the noise (%(default)s)")
     add("--prompts", type=Path, help="text file, one prompt a line; models of labels sample all labels without it")
     kinds = ["digits", "mnist", "image_folder", "laion_list", "parquet"]
-    add("--data", choices=kinds, help="real images to compare with; 'digits' for the model of that name")
+    add("--data", choices=kinds, help="real images to compare with; digits for the shipped models")
     add("--data_path", help="folder or file of --data")
     add("--inception", type=Path, help="measure in the features of these FID weights (distill/metrics/inception.py)")
     add("--clip", type=Path, help="folder of a CLIP model, to add the CLIP score")
     add("--cache", type=Path, default=Path("outputs/cache"), help="where the teacher's samples are kept (%(default)s)")
     add("--output", type=Path, default=Path("outputs/evaluate"), help="folder for the results (%(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.data is None and arguments.model == "digits":
+    if arguments.data is None and arguments.model in SHIPPED:
         arguments.data = "digits"
     return arguments
 
@@ -278,19 +289,23 @@ def choose_extractor(data: str | None, inception: Path | None) -> Extractor:
     return ClassifierFeatures(data)
 
 
-def choose_sampler(name: str, settings: Sequence[str]) -> Sampler | None:
+def choose_sampler(name: str, settings: Sequence[str], steps: Sequence[int]) -> Sampler | None:
     """The student's sampler; None for `phased`, whose settings are arguments of `compare`."""
-    if name == "unified":
-        return from_overrides(UnifiedConfig, settings).sampler()
+    if name in SAMPLERS:
+        config = from_overrides(SAMPLERS[name], settings)
+        angles = getattr(config, "angles", None)
+        if angles is not None and set(steps) != {len(angles) - 1}:
+            raise UserError(f"angles {list(angles)} are for --steps {len(angles) - 1}, which are not those asked for")
+        return config.sampler()
     if settings:
-        raise UserError(f"--set {settings[0]} is for --sampler unified")
+        raise UserError(f"--set {settings[0]} is for --sampler {' or '.join(SAMPLERS)}")
     return None
 
 
 def read_prompts(path: Path | None, pipe: Pipeline) -> list[str]:
     """The lines of a file that are not empty; without a file, the labels of a model of labels."""
     if path is None:
-        if isinstance(pipe, FluxLabelPipeline):
+        if isinstance(pipe, LabelMethods):
             return [str(label) for label in range(pipe.config.num_classes)]
         raise UserError("this model takes texts: give --prompts FILE, with one prompt a line")
     if not path.is_file():
@@ -301,21 +316,31 @@ def read_prompts(path: Path | None, pipe: Pipeline) -> list[str]:
     return prompts
 
 
+def open_student(pipe: Pipeline, folder: Path, paddle_dtype: str | None = None, alpha: float | None = None) -> Denoiser:
+    """The student that a training run has left: a whole pipeline, or an adapter (file or folder) for the teacher's.
+
+    `alpha`: of a LoRA file that does not store it.
+    """
+    if (folder / INDEX).is_file():
+        return open_pipeline(folder, paddle_dtype).denoiser
+    pipe.load_lora_weights(folder, adapter_name="student", alpha=alpha)
+    return AdapterRole(pipe.denoiser, pipe.transformer, "student")
+
+
 def main(argv: list[str] | None) -> None:
     """Evaluate from the command line; mistakes of the user raise UserError or FileNotFoundError."""
     arguments, world = parse_arguments(argv), init()
-    sampler = choose_sampler(arguments.sampler, arguments.set)
+    sampler = choose_sampler(arguments.sampler, arguments.set, arguments.steps)
     extractor = choose_extractor(arguments.data, arguments.inception)
     clip = ClipScorer(arguments.clip) if arguments.clip else None
     pipe = open_pipeline(arguments.model, arguments.dtype)
     student = None
     if arguments.lora is not None:
-        pipe.load_lora_weights(arguments.lora, adapter_name="student", alpha=arguments.lora_alpha)
-        student = AdapterRole(pipe.denoiser, pipe.transformer, "student")
+        student = open_student(pipe, arguments.lora, alpha=arguments.lora_alpha)
     if arguments.student is not None:
         if student is not None:
             raise UserError("give --student or --lora, not both")
-        student = open_pipeline(str(arguments.student), arguments.dtype).denoiser
+        student = open_pipeline(arguments.student, arguments.dtype).denoiser
     names = ("num_samples", "seed", "batch_size", "guidance_scale", "height", "width")
     settings = SampleSettings(**{name: getattr(arguments, name) for name in names})
     real = None

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import paddle
 
@@ -31,13 +31,33 @@ FLUX_DEV = {
 }
 """config.json of FLUX.1-dev's transformer; the defaults of every function here that takes a config."""
 
-PUBLISHED = {"FLUX.1-dev": {}, "FLUX.1-schnell": {"guidance_embeds": False}}
-"""Models whose sizes are known without their files, by the last part of a path."""
 
-PUBLISHED_TEXT_ENCODERS, PUBLISHED_VAE = 4_762_310_656 + 123_060_480, 83_819_683
-"""Parameters of their T5-XXL and CLIP-L text encoders, and of their VAE."""
+class Family(NamedTuple):
+    """Models of one architecture.
+
+    name: how the class names of its pipelines start, whatever the case. defaults: of its transformer's config.json.
+    published: models whose sizes are known without their files, by the last part of a path, with what their config has
+    other than the defaults. text_encoder, vae: the number of parameters of theirs.
+    """
+
+    name: str
+    defaults: Mapping[str, Any]
+    published: Mapping[str, Mapping[str, Any]]
+    text_encoder: int
+    vae: int
+
+
+FLUX = Family(
+    "FLUX",
+    FLUX_DEV,
+    {"FLUX.1-dev": {}, "FLUX.1-schnell": {"guidance_embeds": False}},
+    text_encoder=4_762_310_656 + 123_060_480,  # T5-XXL, CLIP-L
+    vae=83_819_683,
+)
 
 FLOAT32 = 4
+HeadKind = Literal["patch", "ladd"]
+LADD_KERNEL, HEAD_TENSORS = 9, {"patch": 6, "ladd": 5}
 _ADAMW = OptimizerConfig()
 
 
@@ -89,15 +109,17 @@ def lora_parameters(config: Mapping[str, Any], rank: int, targets: Sequence[str]
     return sum(map(math.prod, lora_shapes(config, rank, targets)))
 
 
-def head_shapes(channels: int, taps: int) -> list[tuple[int, ...]]:
-    """Shapes of the parameters of `PatchDiscriminator`."""
-    block = [(channels, channels, 1, 1), (channels,), (channels,), (channels,)]
-    return [*block, *block, (1, channels, 1, 1), (1,)] * taps
+def head_shapes(channels: int, taps: int, kind: HeadKind = "patch") -> list[tuple[int, ...]]:
+    """Shapes of the parameters of `PatchDiscriminator` or `LaddDiscriminator`."""
+    kernels = [(1, 1), (1, 1), (1, 1)] if kind == "patch" else [(1,), (LADD_KERNEL,), (1,)]
+    first, second, last = ((channels, channels, *kernel) for kernel in kernels)
+    vectors = [(channels,)] * 3
+    return [first, *vectors, second, *vectors, (1, *last[1:]), (1,)] * taps
 
 
-def head_parameters(channels: int, taps: int) -> int:
-    """Number of parameters of `PatchDiscriminator`; 1,077,064,761 for FLUX.1-dev's 57 taps of 3072 channels."""
-    return sum(map(math.prod, head_shapes(channels, taps)))
+def head_parameters(channels: int, taps: int, kind: HeadKind = "patch") -> int:
+    """Their number; 1,077,064,761 for `PatchDiscriminator` on FLUX.1-dev's 57 taps of 3072 channels."""
+    return sum(map(math.prod, head_shapes(channels, taps, kind)))
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -107,11 +129,11 @@ class Run:
 
     config: the transformer's. tokens, text_tokens: of one sample. batch: samples of a micro-step on one process.
     dtype: of the frozen weights and activations; trained weights are float32. rank, targets: of an adapter.
-    adapters: 1, or 2 with a separate fake score. taps: discriminator heads. student_passes: passes through the student
-    that one student step differentiates. optimizer, fake_optimizer, head_optimizer: of the student's adapter, the fake
-    score's and the heads. encoder_bytes: text encoders and VAE, if they stay in the same memory. shards: processes that
-    share the optimiser moments; gradients are whole on each until they are summed, see `distill.sharding`. gpu: its
-    kernels broadcast modulation vectors and, in half precision, keep no attention matrix.
+    adapters: 1, or 2 with a separate fake score. taps: discriminator heads, of kind `heads`. student_passes: passes
+    through the student that one student step differentiates. optimizer, fake_optimizer, head_optimizer: of the
+    student's adapter, the fake score's and the heads. encoder_bytes: text encoders and VAE, if they stay in the same
+    memory. shards: processes that share the optimiser moments; gradients are whole on each until they are summed, see
+    `distill.sharding`. gpu: its kernels broadcast modulation vectors and, in half precision, keep no attention matrix.
     """
 
     config: Mapping[str, Any]
@@ -123,6 +145,7 @@ class Run:
     targets: Sequence[str] = ()
     adapters: int = 1
     taps: int = 57
+    heads: HeadKind = "patch"
     student_passes: int = 2
     ema: bool = False
     checkpointing: bool = True
@@ -160,19 +183,20 @@ def block_bytes(run: Run) -> tuple[float, float]:
 def head_bytes(run: Run) -> tuple[float, float]:
     """What all heads keep of one pass for their backward pass, and what one of them needs while it is computed again.
 
-    Each keeps its features and, without checkpointing, their cast to float32 and six tensors of that size.
+    Each keeps its features and, without checkpointing, their cast to float32 and `HEAD_TENSORS` of that size. Those of
+    LADD have no checkpointing.
     """
     size, cast = (FLOAT32, 0) if run.dtype == "float32" else (2, FLOAT32)
     values = run.batch * run.tokens * run.channels
-    if not run.checkpointing:
-        return run.taps * values * (size + cast + 6 * FLOAT32), 0.0
+    if not run.checkpointing or run.heads == "ladd":
+        return run.taps * values * (size + cast + HEAD_TENSORS[run.heads] * FLOAT32), 0.0
     return run.taps * values * size, min(run.taps, 1) * values * (cast + 8 * FLOAT32)
 
 
 def moment_bytes(run: Run) -> int:
     """State of all optimisers, before sharding."""
     adapter = list(lora_shapes(run.config, run.rank, run.targets))
-    kept = [(adapter, run.optimizer), (head_shapes(run.channels, run.taps), run.head_optimizer)]
+    kept = [(adapter, run.optimizer), (head_shapes(run.channels, run.taps, run.heads), run.head_optimizer)]
     kept += [(adapter, run.fake_optimizer)] * (run.adapters - 1)
     return FLOAT32 * sum(state_values(shape, config) for shapes, config in kept for shape in shapes)
 
@@ -195,7 +219,7 @@ def estimate_memory(run: Run) -> dict[str, int]:
     one_pass = sum(count * each for count, each in zip(blocks, kept, strict=True))
     logits, one_head = head_bytes(run)
     adapter = lora_parameters(run.config, run.rank, run.targets) * FLOAT32
-    heads = head_parameters(run.channels, run.taps) * FLOAT32
+    heads = head_parameters(run.channels, run.taps, run.heads) * FLOAT32
     double, single = block_bytes(run)
     side_by_side = max(1, run.student_passes - 1 + bool(run.taps)) * (single if blocks[1] else double)
     one_block = max(double, single)
@@ -256,23 +280,45 @@ def run_of(recipe: Recipe) -> Run:
     )
 
 
-def model_sizes(path: str) -> tuple[dict[str, Any], dict[str, int], bool]:
-    """(transformer config, bytes of "text" encoders and "vae", whether it is conditioned on labels, in pixel space)."""
+class ModelSizes(NamedTuple):
+    """A model before it is loaded. encoders: bytes of "text" and "vae". in_pixels: labels for prompts, and no VAE."""
+
+    config: dict[str, Any]
+    encoders: dict[str, int]
+    in_pixels: bool
+    family: Family
+
+
+def find_model(path: str, families: Sequence[Family]) -> ModelSizes:
+    """A pipeline folder, a shipped pipeline or a published one, of one of the families. UserError if it is neither."""
+    names = " or ".join(family.name for family in families)
     folder = SHIPPED.get(path, Path(path))
     if os.path.isdir(folder):  # unlike Path.is_dir false, not an error, for a name that is too long
         try:
-            config = FLUX_DEV | json.loads((folder / "transformer" / "config.json").read_text())
-            pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"model {path} is not a FLUX pipeline folder: {error}") from error
+            own = json.loads((folder / "transformer" / "config.json").read_text())
+            pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"].removeprefix("Paddle")
+            family = next((each for each in families if pipeline.upper().startswith(each.name)), None)
+            if family is None:
+                raise ValueError(f"it holds a {pipeline}")
+            config = {**family.defaults, **own}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"model {path} is not a {names} pipeline folder: {error}") from error
         encoders = {"text": 0, "vae": 0}
         for file in folder.rglob("*.safetensors"):
             if file.parent.name != "transformer":
                 encoders["vae" if file.parent.name == "vae" else "text"] += file.stat().st_size
-        return config, encoders, pipeline == "FluxLabelPipeline"
-    if folder.name in PUBLISHED:
-        return FLUX_DEV | PUBLISHED[folder.name], {"text": 2 * PUBLISHED_TEXT_ENCODERS, "vae": 2 * PUBLISHED_VAE}, False
-    raise UserError(f"model {path} not found: give a pipeline folder, or one of {', '.join([*SHIPPED, *PUBLISHED])}")
+        return ModelSizes(config, encoders, "LabelPipeline" in pipeline, family)
+    for family in families:
+        if folder.name in family.published:
+            config = {**family.defaults, **family.published[folder.name]}
+            return ModelSizes(config, {"text": 2 * family.text_encoder, "vae": 2 * family.vae}, False, family)
+    known = [*SHIPPED, *(name for family in families for name in family.published)]
+    raise UserError(f"model {path} not found: give a pipeline folder, or one of {', '.join(known)}")
+
+
+def model_sizes(path: str) -> tuple[dict[str, Any], dict[str, int], bool]:
+    """(transformer config, bytes of "text" encoders and "vae", whether it has labels, in pixel space) of a FLUX."""
+    return find_model(path, (FLUX,))[:3]
 
 
 def describe_run(recipe: Recipe) -> str:

@@ -51,13 +51,23 @@ class Optimizer(ABC):
         parameters: path -> float32 parameter, whatever the dtype of the frozen weights; the paths key the saved state.
         config: hyper-parameters.
         total_steps: number of updates after which a decaying schedule reaches 0.
+        rates: path -> factor on the learning rate of that parameter; 1 for those that it does not name.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        config: OptimizerConfig,
+        total_steps: int,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
         self.parameters = dict(parameters)
         self.config = config
         self.total_steps = total_steps
+        self.rates = dict(rates or {})
         self.steps = 0
+        if unknown := sorted(self.rates.keys() - self.parameters.keys()):
+            raise ValueError(f"rates names {unknown[0]}, which is not among the parameters")
         if not self.parameters:
             raise ValueError("no parameters to optimise; check the adapter targets")
         for path, parameter in self.parameters.items():
@@ -141,15 +151,23 @@ class AdamW(Optimizer):
     underneath.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, total_steps: int) -> None:
-        super().__init__(parameters, config, total_steps)
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        config: OptimizerConfig,
+        total_steps: int,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(parameters, config, total_steps, rates)
         if len({parameter.name for parameter in self.parameters.values()}) < len(self.parameters):
             raise ValueError("two parameters share a Paddle name (or are the same); Paddle would mix up their moments")
+        for path, rate in self.rates.items():
+            self.parameters[path].optimize_attr["learning_rate"] = rate  # which Paddle multiplies its rate by
         self.inner = paddle.optimizer.AdamW(
             learning_rate=self.lr,
             beta1=config.betas[0],
             beta2=config.betas[1],
-            epsilon=config.eps,
+            epsilon=ADAM_EPS if config.eps is None else config.eps,
             parameters=list(self.parameters.values()),
             weight_decay=config.weight_decay,
         )
@@ -176,76 +194,171 @@ ACCUMULATORS = {  # name in the saved state -> in Paddle's optimiser
 }
 
 
-class Adafactor(Optimizer):
-    """Adam with a factored second moment (Shazeer and Stern, 2018, algorithm 2) and AdamW's decoupled weight decay.
+ADAM_EPS = 1e-8
+"""`eps` of AdamW and Adafactor where the recipe gives none."""
 
-    Of a matrix's squared gradients only the running means over rows and columns are kept; their outer product over
-    their common mean stands for the second moment. A tensor of more dimensions is a matrix of its first one by all
-    others; vectors keep theirs whole. State: `<path>.rows` and `.columns`, or `.moment2`; `.moment1` unless betas[0] is
-    0; and `.updates`, their number. See `adafactor_state` for the shapes.
+
+class Factored(Optimizer):
+    """What the optimisers with factored moments share. A subclass moves one parameter; `shapes` names its state.
+
+    A running mean over a matrix of non-negative numbers is kept as the means over its rows and its columns. A tensor of
+    more dimensions is a matrix of its first one by all others; vectors are not factored.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, total_steps: int) -> None:
-        super().__init__(parameters, config, total_steps)
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        config: OptimizerConfig,
+        total_steps: int,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(parameters, config, total_steps, rates)
         self._state = {
-            path: {name: paddle.zeros(shape) for name, shape in adafactor_state(parameter.shape, config).items()}
+            path: {name: paddle.zeros(shape) for name, shape in self.shapes(parameter.shape, config).items()}
             for path, parameter in self.parameters.items()
         }
 
+    @staticmethod
+    @abstractmethod
+    def shapes(shape: Sequence[int], config: OptimizerConfig) -> dict[str, list[int]]:
+        """Shapes of the tensors kept for a parameter of this shape, by name."""
+
+    @abstractmethod
+    def _direction(self, state: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        """What to subtract from a parameter at a learning rate of 1, weight decay aside; moves its state."""
+
     def _update(self, lr: float) -> None:
-        (beta1, beta2), eps, decay = self.config.betas, self.config.eps, self.config.weight_decay
         for path, parameter in self.parameters.items():
-            if parameter.grad is None:
-                continue
-            state, gradient = self._state[path], parameter.grad
-            state["updates"].add_(paddle.ones([1]))
-            variance = _second_moment(state, gradient, 1.0 - beta2) / (1.0 - beta2 ** state["updates"])
-            if beta1:
-                state["moment1"].lerp_(gradient, paddle.full([], 1.0 - beta1))
-                gradient = state["moment1"] / (1.0 - beta1 ** state["updates"])
-            step = gradient / (variance.sqrt() + eps)
-            paddle.assign(parameter * (1.0 - lr * decay) - lr * step, parameter)
+            if parameter.grad is not None:
+                rate = lr * self.rates.get(path, 1.0)
+                step = self._direction(self._state[path], parameter.grad)
+                paddle.assign(parameter * (1.0 - rate * self.config.weight_decay) - rate * step, parameter)
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Optimizer`."""
         return {f"{path}.{name}": tensor for path, state in self._state.items() for name, tensor in state.items()}
 
 
-def adafactor_state(shape: Sequence[int], config: OptimizerConfig) -> dict[str, list[int]]:
-    """Shapes of the tensors that `Adafactor` keeps for a parameter of this shape, by name."""
-    shape = list(shape)
-    factored = {"rows": [shape[0], 1], "columns": [1, math.prod(shape[1:])]} if len(shape) > 1 else {"moment2": shape}
-    return factored | ({"moment1": shape} if config.betas[0] else {}) | {"updates": [1]}
+class Adafactor(Factored):
+    """Adam with a factored second moment (Shazeer and Stern, 2018, algorithm 2) and AdamW's decoupled weight decay.
+
+    State: `<path>.rows` and `.columns`, or `.moment2`, of the squared gradients; `.moment1` unless betas[0] is 0; and
+    `.updates`, their number.
+    """
+
+    @staticmethod
+    def shapes(shape: Sequence[int], config: OptimizerConfig) -> dict[str, list[int]]:
+        """See `Factored`."""
+        second = factor_shapes(shape) or {"moment2": list(shape)}
+        return second | ({"moment1": list(shape)} if config.betas[0] else {}) | {"updates": [1]}
+
+    def _direction(self, state: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        beta1, beta2 = self.config.betas
+        eps = ADAM_EPS if self.config.eps is None else self.config.eps
+        state["updates"].add_(paddle.ones([1]))
+        variance = _running_mean(state, gradient.square(), 1.0 - beta2, "moment2")
+        if isinstance(variance, tuple):
+            variance = (variance[0] * variance[1]).reshape(gradient.shape)
+        variance = variance / (1.0 - beta2 ** state["updates"])
+        if beta1:
+            state["moment1"].lerp_(gradient, paddle.full([], 1.0 - beta1))
+            gradient = state["moment1"] / (1.0 - beta1 ** state["updates"])
+        return gradient / (variance.sqrt() + eps)
 
 
-def _second_moment(state: Mapping[str, Tensor], gradient: Tensor, weight: float) -> Tensor:
-    """Move the running means towards the squared gradient; returns what they stand for, in the gradient's shape."""
-    squared, weight = gradient.square(), paddle.full([], weight)
-    if "moment2" in state:
-        return state["moment2"].lerp_(squared, weight)
-    rows, columns = state["rows"], state["columns"]
-    squared = squared.reshape([rows.shape[0], columns.shape[1]])
-    rows.lerp_(squared.mean(axis=1, keepdim=True), weight)
-    columns.lerp_(squared.mean(axis=0, keepdim=True), weight)
-    # All gradients so far may be zero: then the rows are zero too, whatever they are divided by.
-    return (rows / rows.mean().clip(min=_TINY) * columns).reshape(gradient.shape)
+class CAME(Factored):
+    """Confidence-guided adaptive memory-efficient optimisation (Luo et al., 2023, arXiv 2307.02047, algorithm 2).
+
+    Adafactor's update u, scaled down to a root mean square of 1 at most, goes into a first moment m. Where m was a good
+    prediction of the updates, steps are long: m is divided by the root of the running mean of (u − m)², which is
+    factored as well. Vectors keep their squared gradients whole, and have no such division. Weight decay is AdamW's.
+
+    Nothing corrects for the zeros that the means start from, as published, so the first updates are several times
+    longer than the later ones: warm up.
+
+    State: `<path>.rows` and `.columns`, or `.moment2`, of the squared gradients; `.moment1`; and for all but vectors
+    `.instability_rows` and `.instability_columns`.
+    """
+
+    EPS, INSTABILITY_EPS = (
+        1e-30,
+        1e-16,
+    )  # added to the squared gradients (where the recipe says nothing) and to (u − m)²
+
+    @staticmethod
+    def shapes(shape: Sequence[int], config: OptimizerConfig) -> dict[str, list[int]]:
+        """See `Factored`."""
+        factors = factor_shapes(shape) | factor_shapes(shape, "instability_")
+        return (factors or {"moment2": list(shape)}) | {"moment1": list(shape)}
+
+    def _direction(self, state: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        (beta1, beta2), beta3 = self.config.betas, self.config.confidence_decay
+        eps = self.EPS if self.config.eps is None else self.config.eps
+        second = _running_mean(state, gradient.square() + eps, 1.0 - beta2, "moment2")
+        update = _over_root(gradient, second)
+        update = update / update.square().mean().sqrt().clip(min=1.0)
+        state["moment1"].lerp_(update, paddle.full([], 1.0 - beta1))
+        if gradient.ndim < 2:
+            return state["moment1"]
+        deviation = (update - state["moment1"]).square() + self.INSTABILITY_EPS
+        return _over_root(state["moment1"], _running_mean(state, deviation, 1.0 - beta3, "instability"))
+
+
+def factor_shapes(shape: Sequence[int], prefix: str = "") -> dict[str, list[int]]:
+    """Shapes of the two factors of a tensor of this shape; none for a vector or a scalar."""
+    if len(shape) < 2:
+        return {}
+    return {f"{prefix}rows": [shape[0], 1], f"{prefix}columns": [1, math.prod(shape[1:])]}
+
+
+def _running_mean(
+    state: Mapping[str, Tensor], values: Tensor, weight: float, whole: str
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Move the running mean of non-negative values, which is `state[whole]` or two factors; returns what it is now.
+
+    Factors are returned as the pair [rows, 1], [1, columns] whose product the mean is taken to be.
+    """
+    weight = paddle.full([], weight)
+    if whole in state:
+        return state[whole].lerp_(values, weight)
+    prefix = "" if whole == "moment2" else f"{whole}_"
+    rows, columns = state[f"{prefix}rows"], state[f"{prefix}columns"]
+    values = values.reshape([rows.shape[0], columns.shape[1]])
+    rows.lerp_(values.mean(axis=1, keepdim=True), weight)
+    columns.lerp_(values.mean(axis=0, keepdim=True), weight)
+    # All values so far may be zero: then the rows are zero too, whatever they are divided by.
+    return rows / rows.mean().clip(min=_TINY), columns
+
+
+def _over_root(values: Tensor, mean: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """values / √mean. The factors one by one: their product may be below the smallest float32."""
+    if isinstance(mean, Tensor):
+        return values * mean.rsqrt()
+    rows, columns = mean
+    matrix = values.reshape([rows.shape[0], columns.shape[1]])
+    return (matrix * rows.rsqrt() * columns.rsqrt()).reshape(values.shape)
 
 
 _TINY = 1e-38  # near the smallest normal float32
 
-OPTIMIZERS = {"adamw": AdamW, "adafactor": Adafactor}
+OPTIMIZERS = {"adamw": AdamW, "adafactor": Adafactor, "came": CAME}
 
 
-def make_optimizer(parameters: Mapping[str, Tensor], config: OptimizerConfig, total_steps: int) -> Optimizer:
-    """The optimiser of a recipe section, by its `kind`."""
-    return OPTIMIZERS[config.kind](parameters, config, total_steps)
+def make_optimizer(
+    parameters: Mapping[str, Tensor],
+    config: OptimizerConfig,
+    total_steps: int,
+    rates: Mapping[str, float] | None = None,
+) -> Optimizer:
+    """The optimiser of a recipe section, by its `kind`; see `Optimizer` for the arguments."""
+    return OPTIMIZERS[config.kind](parameters, config, total_steps, rates)
 
 
 def state_values(shape: Sequence[int], config: OptimizerConfig) -> int:
     """Number of float32 values that the optimiser of a recipe section keeps for a parameter of this shape."""
     if config.kind == "adamw":
         return 2 * math.prod(shape)
-    return sum(map(math.prod, adafactor_state(shape, config).values()))
+    return sum(map(math.prod, OPTIMIZERS[config.kind].shapes(shape, config).values()))
 
 
 def ema_decay(step: int, decay: float, warmup: int) -> float:

@@ -29,6 +29,11 @@ class AdapterRole:
         with lora.active(self.model, self.adapter):
             return getattr(self.denoiser, "takes_target_time", False)
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether it takes a guidance strength."""
+        return self.denoiser.embeds_guidance
+
     def __call__(self, x: paddle.Tensor, t: paddle.Tensor, cond: Any, **settings: Any) -> paddle.Tensor:
         with lora.active(self.model, self.adapter):
             return self.denoiser(x, t, cond, **settings)

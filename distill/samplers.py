@@ -1,4 +1,4 @@
-"""The unified sampler as a recipe section, and as `--set` of `distill/evaluate.py`."""
+"""Samplers of students as recipe sections, and as `--set` of `distill/evaluate.py`."""
 
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -6,7 +6,8 @@ from typing import Literal
 
 from distill.metrics.sampling import Sampler
 from distill.recipe import entry, number
-from fast_diffusers.samplers import unified
+from fast_diffusers.samplers import trigflow, unified
+from fast_diffusers.samplers.trigflow import check_angles
 
 
 @dataclass(frozen=True)
@@ -39,3 +40,24 @@ class SampleConfig(UnifiedConfig):
     def sampler(self) -> Sampler:
         """See `UnifiedConfig`; the number of steps is for the caller to give."""
         return partial(unified, **{name: value for name, value in asdict(self).items() if name != "steps"})
+
+
+@dataclass(frozen=True)
+class TrigFlowConfig:
+    """Settings of `fast_diffusers.samplers.trigflow`."""
+
+    angles: tuple[float, ...] | None = number(
+        None, minimum=0, doc="one more than steps, from noise (pi / 2) to data (0); null: those of the paper"
+    )
+
+    def __post_init__(self) -> None:
+        if self.angles is not None:
+            check_angles(self.angles)
+
+    def sampler(self) -> Sampler:
+        """`trigflow` with these settings."""
+        return partial(trigflow, angles=self.angles)
+
+
+SAMPLERS = {"unified": UnifiedConfig, "trigflow": TrigFlowConfig}
+"""Section of a sampler by its name."""

@@ -1,7 +1,8 @@
-"""Train a small FLUX teacher from scratch: `python distill/train_teacher.py [--recipe NAME]`.
+"""Train a teacher by flow matching: `python distill/train_teacher.py [--recipe NAME]`.
 
-Flow matching with the guidance strength as an input. The result is a pipeline folder. Without arguments: the teacher of
-handwritten digits that ships with the project.
+A small FLUX, told its guidance strength, or a small SANA, whose guidance is classifier-free, from scratch; or a trained
+SANA of any size that is prepared for SANA-Sprint (recipe `teacher_sana_prepare`). The result is a pipeline folder.
+Without arguments: the FLUX teacher of handwritten digits that ships with the project.
 """
 
 import logging
@@ -13,11 +14,11 @@ from typing import Any
 
 import paddle
 
+from distill.architectures import ArchitectureConfig
 from distill.batches import Encoder
 from distill.commands import SampleGrid, fit, num_tokens, run, train_parser
 from distill.config import DataConfig, OptimizerConfig, TrainerConfig
 from distill.draws import Draws
-from distill.memory import flux_parameters
 from distill.objectives.flow_matching import flow_matching
 from distill.optim import EMA, make_optimizer
 from distill.parallel import World, barrier, init
@@ -26,48 +27,12 @@ from distill.roles import Roles
 from distill.sharding import check_recipe
 from distill.trainer import Batch, Loss
 from fast_diffusers.errors import UserError
-from fast_diffusers.models import FluxTransformer2DModel
-from fast_diffusers.pipelines import FluxLabelPipeline
+from fast_diffusers.pipelines import Pipeline
 from fast_diffusers.samplers import euler
-from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from fast_diffusers.time_grids import scheduler_mu
 
 log = logging.getLogger(__name__)
 TEACHER = "teacher"
-
-
-@dataclass(frozen=True)
-class ArchitectureConfig:
-    """The transformer; the meaning of each entry is that of FLUX's config.json."""
-
-    num_layers: int = number(2, minimum=0, doc="double-stream blocks")
-    num_single_layers: int = number(2, minimum=0, doc="single-stream blocks")
-    num_attention_heads: int = number(2, minimum=1)
-    attention_head_dim: int = number(64, minimum=2)
-    axes_dims_rope: tuple[int, int, int] = number((8, 28, 28), minimum=0, doc="channels of a head by position axis")
-    channels: int = number(1, minimum=1, doc="of the image: 1 gray, 3 RGB")
-    num_classes: int = number(10, minimum=1, doc="labels")
-
-    def __post_init__(self) -> None:
-        if sum(self.axes_dims_rope) != self.attention_head_dim or any(size % 2 for size in self.axes_dims_rope):
-            raise ValueError(
-                f"axes_dims_rope {list(self.axes_dims_rope)} must be even and sum to attention_head_dim, "
-                f"{self.attention_head_dim}"
-            )
-
-    def transformer_config(self) -> dict[str, Any]:
-        """Arguments of `FluxTransformer2DModel`."""
-        return {
-            "in_channels": 4 * self.channels,
-            "num_layers": self.num_layers,
-            "num_single_layers": self.num_single_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "attention_head_dim": self.attention_head_dim,
-            "axes_dims_rope": self.axes_dims_rope,
-            "joint_attention_dim": self.num_classes,
-            "pooled_projection_dim": self.num_classes,
-            "guidance_embeds": True,
-        }
 
 
 @dataclass(frozen=True)
@@ -92,14 +57,21 @@ class Recipe:
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
 
+    def __post_init__(self) -> None:
+        if self.architecture.prepared is None and self.trainer.dtype != "float32":
+            raise ValueError("trainer.dtype must be float32: all weights are trained")
+
 
 class FlowMatchingTeacher:
     """The method for `distill.trainer.Trainer`. Its target network is the running average of the trained one."""
 
-    def __init__(self, recipe: Recipe, pipe: FluxLabelPipeline, mu: float):
+    def __init__(self, recipe: Recipe, pipe: Pipeline, mu: float):
         if recipe.trainer.ema_decay is None:
             raise UserError("a teacher is the average of its weights: set trainer.ema_decay (0.999 is usual)")
         self.settings, self.mu = recipe.objective, mu
+        self.embeds_guidance = pipe.transformer.config.guidance_embeds
+        if recipe.objective.guided_rate and not self.embeds_guidance:
+            raise UserError("this model embeds no guidance that it could learn: set objective.guided_rate to 0")
         parameters = dict(pipe.transformer.named_parameters())
         self.optimizers = {TEACHER: make_optimizer(parameters, recipe.optimizer, recipe.trainer.steps)}
         self.average = EMA(parameters, recipe.trainer.ema_decay)
@@ -130,16 +102,14 @@ class FlowMatchingTeacher:
             drop_rate=s.drop_rate,
             guided_rate=s.guided_rate if self.average.steps >= s.guided_from else 0.0,
             guidance_range=s.guidance_range,
+            embeds_guidance=self.embeds_guidance,
         )
 
 
-def new_pipeline(recipe: Recipe) -> FluxLabelPipeline:
+def new_pipeline(recipe: Recipe) -> Pipeline:
     """The untrained pipeline of a recipe."""
     paddle.seed(recipe.trainer.seed)
-    transformer = FluxTransformer2DModel(**recipe.architecture.transformer_config())
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    classes = recipe.architecture.num_classes
-    return FluxLabelPipeline(scheduler, transformer, num_classes=classes, sample_size=recipe.data.height)
+    return recipe.architecture.chosen.pipeline(recipe.data, recipe.trainer)
 
 
 def train(recipe: Recipe, resume: bool = False, world: World | None = None) -> Path:
@@ -148,14 +118,23 @@ def train(recipe: Recipe, resume: bool = False, world: World | None = None) -> P
     check_recipe(recipe, world)
     config, output = recipe.trainer, Path(recipe.trainer.output_dir)
     pipe = new_pipeline(recipe)
+    if config.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
     mu = scheduler_mu(pipe.scheduler.config, num_tokens(pipe, recipe.data))
     encoder = Encoder(pipe, guidance_scale=3.5)
     method = FlowMatchingTeacher(recipe, pipe, mu)
     prompts = list(config.sample_prompts)
     folder = output / "samples"
-    sampler = partial(euler, mu=mu)
     grid = SampleGrid(
-        pipe, encoder, recipe.data, folder, steps=20, prompts=prompts, sampler=sampler, write=world.is_main
+        pipe,
+        encoder,
+        recipe.data,
+        folder,
+        steps=20,
+        prompts=prompts,
+        sampler=partial(euler, mu=mu),
+        guided=True,
+        write=world.is_main,
     )
 
     def sample(done: int) -> dict[str, float]:
@@ -176,8 +155,7 @@ def main(argv: list[str] | None) -> None:
     arguments = train_parser(__doc__, "teacher_digits").parse_args(argv)
     recipe = load_recipe(Recipe, arguments.recipe, arguments.set)
     if arguments.dry_run:
-        count = flux_parameters(recipe.architecture.transformer_config())
-        print(f"{to_yaml(recipe)}\n{count:,} trained parameters")
+        print(f"{to_yaml(recipe)}\n{recipe.architecture.chosen.parameters():,} trained parameters")
         return
     train(recipe, arguments.resume, init())
 

@@ -35,7 +35,11 @@ Loss = tuple[paddle.Tensor, dict[str, paddle.Tensor]]
 
 
 class Method(Protocol):
-    """What is trained, and how. A player is a set of parameters with an optimiser of its own."""
+    """What is trained, and how. A player is a set of parameters with an optimiser of its own.
+
+    A method with state beside its parameters, such as the vectors of a spectral normalisation, has an attribute
+    `buffers` too: path -> tensor, changed in place; the same on all ranks.
+    """
 
     optimizers: Mapping[str, Optimizer]
     averages: Mapping[str, EMA]
@@ -92,10 +96,11 @@ class Trainer:
         self.config, self.method, self.read, self.sample = config, method, read, sample
         self.recipe = dict(recipe or {})
         self.world, self.health, self.waited = world or World(), health, waited
-        self.optimizers = dict(method.optimizers)  # from `fit` on sharded, if `config.sharding` says so
+        self.optimizers = dict(method.optimizers)  # from `fit` on sharded, here and in the method, if `config` says so
         check_sharding(config, {name: each.config for name, each in self.optimizers.items()}, self.world)
         self.folder = Path(config.output_dir)
         self.skipped = 0
+        self.skipped_in_a_row = dict.fromkeys(self.optimizers, 0)
 
     def fit(self, resume: bool = False) -> None:
         """Train. `resume` continues from the newest whole checkpoint in the output folder, if there is one.
@@ -194,6 +199,7 @@ class Trainer:
             for each in self.optimizers.values():
                 each.clear_grad()
             if report.finite:
+                self.skipped_in_a_row[player] = 0
                 if player in self.method.averages:
                     self.method.averages[player].update()
             else:
@@ -205,9 +211,13 @@ class Trainer:
         named = [name for name, value in average_values(terms, self.world).items() if not math.isfinite(value)]
         what = f"{', '.join(named)} not finite" if named else "the gradient is not finite, though every loss term is"
         message = f"step {step}, {player}: {what}"
+        intact = f"The checkpoints in {self.folder / 'checkpoints'} are intact"
         if self.config.on_nonfinite == "stop":
-            raise NonFiniteError(f"{message}; stopped. The checkpoints in {self.folder / 'checkpoints'} are intact")
+            raise NonFiniteError(f"{message}; stopped. {intact}")
         self.skipped += 1
+        self.skipped_in_a_row[player] += 1
+        if (count := self.skipped_in_a_row[player]) >= self.config.max_skips:
+            raise NonFiniteError(f"{message}, update {count} in a row that cannot be used; stopped. {intact}")
         log.warning("%s; update skipped (%d so far)", message, self.skipped)
 
     def _to_floats(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -224,15 +234,20 @@ class Trainer:
         Sharded or not, it is the same, and whole, on rank 0; all ranks must call it.
         """
         tensors: dict[str, dict[str, paddle.Tensor]] = {}
-        counters: dict[str, Any] = {"skipped": self.skipped}
+        counters: dict[str, Any] = {"skipped": self.skipped, "skipped_in_a_row": dict(self.skipped_in_a_row)}
         for player, optimizer in self.optimizers.items():
             tensors[player] = dict(optimizer.parameters)
             tensors[f"{player}_optimizer"], counters[f"{player}_optimizer"] = optimizer.state_dict()
         for player, average in self.method.averages.items():
             tensors[f"{player}_average"], counters[f"{player}_average"] = average.state_dict()
+        if buffers := self._buffers():
+            tensors["buffers"] = buffers
         if self.health is not None:
             counters["health"] = self.health.state()
         return tensors, counters
+
+    def _buffers(self) -> dict[str, paddle.Tensor]:
+        return dict(getattr(self.method, "buffers", {}))
 
     def _start(self, resume: bool) -> int:
         """The first step to run, with all state restored, and the same on all ranks."""
@@ -246,6 +261,7 @@ class Trainer:
                 broadcast_parameters(group.values(), self.world)
         if self.config.sharding:  # after the state is there: whole tensors cannot be loaded into shards
             self.optimizers = {n: shard(each, self.config.sharding, self.world) for n, each in self.optimizers.items()}
+            self.method.optimizers = self.optimizers  # it must not use the given ones any more, nor their counters
         return step
 
     @paddle.no_grad()
@@ -260,11 +276,14 @@ class Trainer:
                 "continue it with --resume, or choose another trainer.output_dir"
             )
         self.skipped = checkpoint.state["skipped"]
+        self.skipped_in_a_row |= checkpoint.state.get("skipped_in_a_row", {})  # older checkpoints have none
         parts = {f"{name}_optimizer": each for name, each in self.optimizers.items()}
         parts |= {f"{name}_average": each for name, each in self.method.averages.items()}
         try:
             for player, optimizer in self.optimizers.items():
                 load_parameters(optimizer.parameters, checkpoint.tensors(player))
+            if buffers := self._buffers():
+                load_parameters(buffers, checkpoint.tensors("buffers"))
             for name, part in parts.items():
                 part.load_state_dict(checkpoint.tensors(name), checkpoint.state[name])
             if self.health is not None and "health" in checkpoint.state:

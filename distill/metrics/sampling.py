@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +37,8 @@ class SampleSettings:
     """What all runs of a comparison share.
 
     seed: of the initial noise; sample i gets the same noise whatever the batch size. height, width: pixels, None for
-    the pipeline's own. guidance_scale: for models that embed it. previews: number of images that are kept.
+    the pipeline's own. guidance_scale: embedded, or else that of the teacher's classifier-free guidance.
+    previews: number of images that are kept.
     """
 
     num_samples: int = 2000
@@ -67,7 +69,7 @@ class Samples:
         columns = {"features": self.features.features, "images": self.images, "ms": np.array(self.ms_per_image)}
         columns |= {"predictions": self.features.predictions, "clip": self.features.clip}
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # runs at a time may share the cache
         temporary.write_bytes(save({name: array for name, array in columns.items() if array is not None}))
         temporary.replace(path)
 
@@ -122,9 +124,12 @@ class SampleRunner:
         return randn([len(rows), *self.latent_shape], [Generator((seed << 32) + i) for i in rows])
 
     @paddle.no_grad()
-    def run(self, denoiser: Denoiser, sampler: Sampler, steps: int, seed: int, progress: tqdm) -> Samples:
+    def run(
+        self, denoiser: Denoiser, sampler: Sampler, steps: int, seed: int, progress: tqdm, guided: bool = False
+    ) -> Samples:
         """Sample every prompt in `steps` steps from the noise of `seed`.
 
+        guided: use classifier-free guidance where it is not embedded, see `Encoder.velocity`.
         progress: advanced by one for each of this rank's samples and model calls.
 
         Raises:
@@ -136,7 +141,7 @@ class SampleRunner:
         for start in range(share.start, share.stop, self.settings.batch_size):
             rows = range(start, min(start + self.settings.batch_size, share.stop))
             before = time.perf_counter()
-            batch = self._images(denoiser, sampler, steps, seed, rows, progress)
+            batch = self._images(denoiser, sampler, steps, seed, rows, progress, guided)
             seconds += time.perf_counter() - before
             features, predictions = self.extractor(batch)
             clip = self.clip and self.clip(batch.transpose(0, 2, 3, 1), self.prompts[rows.start : rows.stop])
@@ -152,10 +157,17 @@ class SampleRunner:
         return FeatureSet(*(c if c is None else gather_rows(c, start, total, self.world) for c in columns))
 
     def _images(
-        self, denoiser: Denoiser, sampler: Sampler, steps: int, seed: int, rows: range, progress: tqdm
+        self,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        steps: int,
+        seed: int,
+        rows: range,
+        progress: tqdm,
+        guided: bool,
     ) -> np.ndarray:
         """Images uint8 [B, C, H, W]: what a user would save, and what real images are."""
-        evaluate = self._encoder.velocity(denoiser, self.prompts[rows.start : rows.stop])
+        evaluate = self._encoder.velocity(denoiser, self.prompts[rows.start : rows.stop], guided)
 
         def velocity(x: Tensor, t: Tensor, target_t: Tensor) -> Tensor:
             progress.update(len(rows))

@@ -1,4 +1,4 @@
-"""Flow matching with the guidance strength as an input: how the small teachers are trained."""
+"""Flow matching, where the model has one with the guidance strength as an input: how teachers are trained."""
 
 from typing import Any
 
@@ -22,6 +22,7 @@ def flow_matching(
     drop_rate: float = 0.1,
     guided_rate: float = 0.0,
     guidance_range: tuple[float, float] = (1.0, 5.0),
+    embeds_guidance: bool = True,
 ) -> tuple[paddle.Tensor, dict[str, paddle.Tensor]]:
     """E‖v_student(x_t, t, c, g) − u‖², with u = ε − x0 + (g − 1)·(v_target(x_t, t, c, 1) − v_target(x_t, t, ∅, 1)).
 
@@ -30,9 +31,17 @@ def flow_matching(
     rows have g = 1, which is conditional flow matching (arXiv 2209.03003, 2210.02747), a fraction `drop_rate` of them
     with the null condition. Raw time is logit-normal(time_mean, time_std), shifted by `mu` (arXiv 2403.03206).
 
+    Without `embeds_guidance` no role is told g: guided_rate must then be 0, and guidance takes two evaluations of the
+    trained model, with the condition and with the null condition that some rows had (`denoisers.ClassifierFree`).
+
     Uses role student, and role target (no gradient; an average of the student, say) where guided_rate > 0. Batch:
     `latents`, `cond`, and `null_cond` of the same shapes. Draws: `t`, `noise`, `drop`, `guidance`.
+
+    Raises:
+        ValueError: rows are to learn guidance that the model does not embed.
     """
+    if guided_rate and not embeds_guidance:
+        raise ValueError(f"guided_rate is {guided_rate}, but the model does not embed its guidance")
     latents, cond, null_cond = batch["latents"], Cond(batch["cond"]), Cond(batch["null_cond"])
     rows = latents.shape[0]
     t = F.sigmoid(time_mean + time_std * draws.normal("t", [rows]) + mu)  # the shift adds mu to the logit
@@ -56,7 +65,8 @@ def flow_matching(
 
     dropped = (draws.uniform("drop", [rows]) < drop_rate).logical_and(~is_guided)
     mixed = Cond({name: paddle.where(_per_row(dropped, x), null_cond[name], x) for name, x in cond.items()})
-    loss = mean_square(roles.student(noisy, t, mixed, guidance=guidance) - velocity)
+    told = guidance if embeds_guidance else None
+    loss = mean_square(roles.student(noisy, t, mixed, guidance=told) - velocity)
     return loss, {"flow_matching": loss.detach()}
 
 

@@ -5,21 +5,16 @@ Finished runs are kept in results.jsonl and not repeated; one that was stopped c
 """
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distill.commands import run
+from distill.comparisons import add_result, in_processes, mean_and_deviation, read_results
 from distill.metrics.distances import frechet_distance, label_accuracy, within_class_distance
 from distill.metrics.features import ClassifierFeatures, extract
-from distill.stopping import EXIT_CODE
 from fast_diffusers.errors import UserError
 
 from sample import open_model  # isort: skip  (beside this file)
@@ -55,22 +50,11 @@ def run_one(settings: Settings, num_samples: int, log: Path) -> None:
     seconds = time.perf_counter() - started
     metrics = measure(model, settings.data, settings.data_path, num_samples, seed=settings.seed + 1000)
     result = {"method": settings.method, "seed": settings.seed, "seconds": seconds, "metrics": metrics}
-    with log.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(result) + "\n")
-
-
-def read_results(log: Path) -> list[dict[str, Any]]:
-    """The finished runs."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    add_result(log, result)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row for each method and sampler, mean ± standard deviation over the seeds."""
-
-    def cell(values: list[float], form: str) -> str:
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.mean(values):{form}} ± {spread:{form}}"
-
     head = "| method | samples | label accuracy ↑ | FD to test images ↓ | FD over 20 steps' | diversity → 1 |"
     lines = [head, "|---" * 6 + "|"]
     for method in OBJECTIVES:
@@ -84,7 +68,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 (ratios, ".2f"),
                 ([row["diversity"] for row in rows], ".2f"),
             ]
-            lines.append(f"| {method} | {sampler} | {' | '.join(cell(*each) for each in figures)} |")
+            lines.append(f"| {method} | {sampler} | {' | '.join(mean_and_deviation(*each) for each in figures)} |")
     return "\n".join(lines)
 
 
@@ -112,34 +96,13 @@ def main(argv: list[str] | None) -> None:
             run_one(Settings(method=method, seed=seed, output_dir=folder, **arguments), num_samples, log)
     else:
         common = {**arguments, "num_samples": num_samples, "output_dir": output}
-        _in_processes([{"methods": m, "seeds": s, **common} for m, s in wanted], jobs)
+        options = [word for name, value in common.items() if value is not None for word in (f"--{name}", str(value))]
+        commands = {
+            f"the run of {method} with seed {seed}": [*(__file__, "--methods", method, "--seeds", str(seed), *options)]
+            for method, seed in wanted
+        }
+        in_processes(commands, jobs)
     print(table(read_results(log)))
-
-
-def _in_processes(runs: list[dict[str, Any]], jobs: int) -> None:
-    """Run this script once for each set of arguments, `jobs` at a time. UserError if one of them fails.
-
-    Whatever stops this process stops them too; they save a checkpoint.
-    """
-    children: list[subprocess.Popen] = []
-
-    def start(arguments: dict[str, Any]) -> int:
-        options = [word for name, value in arguments.items() if value is not None for word in (f"--{name}", str(value))]
-        children.append(subprocess.Popen([sys.executable, __file__, *options], stdout=subprocess.DEVNULL))
-        return children[-1].wait()
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            codes = list(pool.map(start, runs))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in children:
-                child.terminate()
-            raise
-    for arguments, code in zip(runs, codes, strict=True):
-        if code:
-            how = "was stopped" if code == EXIT_CODE else "failed"
-            raise UserError(f"the run of {arguments['methods']} with seed {arguments['seeds']} {how}; run this again")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from fast_diffusers.errors import UserError
 class FakePipe:
     """Embeds a prompt as its length and remembers what it was asked."""
 
-    def __init__(self, guidance_embeds=True):
-        self.transformer = SimpleNamespace(config=SimpleNamespace(guidance_embeds=guidance_embeds))
+    def __init__(self, embeds_guidance=True):
+        self.denoiser = SimpleNamespace(embeds_guidance=embeds_guidance)
         self.asked = []
         self.text_encoder = self.text_encoder_2 = self.tokenizer = self.vae = object()
 
@@ -46,17 +46,47 @@ def test_prompts_are_forgotten_when_there_are_too_many():
     assert pipe.asked == ["a", "bb", "ccc", "a"]
 
 
-@pytest.mark.parametrize("guidance_embeds", [True, False])
-def test_batch_from_images(guidance_embeds):
+@pytest.mark.parametrize("embeds_guidance", [True, False])
+def test_batch_from_images(embeds_guidance):
     images = np.ones((2, 1, 4, 4), "float32")
-    batch = Encoder(FakePipe(guidance_embeds), 3.5).batch({"images": images, "prompts": ["a", "bb"]})
+    batch = Encoder(FakePipe(embeds_guidance), 3.5).batch({"images": images, "prompts": ["a", "bb"]})
     assert float(batch["latents"].mean()) == 2
     assert batch["cond"]["length"].flatten().tolist() == [1, 2]
     assert batch["null_cond"]["length"].flatten().tolist() == [0, 0]
-    if guidance_embeds:
+    if embeds_guidance:
         assert batch["guidance"].tolist() == [3.5, 3.5]
     else:
         assert batch["guidance"] is None
+
+
+class Level:
+    """A denoiser whose velocity is its condition, plus what it is told as guidance."""
+
+    def __init__(self, embeds_guidance):
+        self.embeds_guidance = embeds_guidance
+
+    def __call__(self, x, t, cond, *, target_t=None, guidance=None):
+        assert (guidance is not None) == self.embeds_guidance
+        return x + (cond["length"] + (guidance or 0)).reshape([-1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "embeds_guidance, guided, expected",
+    [
+        (True, False, [4.5, 5.5]),
+        (True, True, [4.5, 5.5]),
+        (False, False, [1, 2]),
+        (False, True, [3.5, 7]),  # away from the empty prompt, whose length is 0
+    ],
+)
+def test_velocity_is_guided_as_the_denoiser_takes_it(embeds_guidance, guided, expected):
+    velocity = Encoder(FakePipe(), 3.5).velocity(Level(embeds_guidance), ["a", "bb"], guided)
+    assert velocity(paddle.zeros([2, 1, 1, 1]), paddle.ones([]), None).flatten().tolist() == expected
+
+
+def test_a_function_is_told_the_guidance():
+    velocity = Encoder(FakePipe(), 3.5).velocity(lambda x, t, cond, *, target_t, guidance: x + guidance, ["a"], True)
+    assert float(velocity(paddle.zeros([1]), paddle.ones([]), None)) == 3.5
 
 
 def test_cached_latents_give_the_same_batches(tmp_path):

@@ -31,8 +31,11 @@ from distill.metrics.sampling import SampleSettings
 from fast_diffusers import lora
 from fast_diffusers.conditioning import Cond
 from fast_diffusers.errors import UserError
+from fast_diffusers.models import SanaTransformer2DModel
+from fast_diffusers.pipelines import SanaLabelPipeline
 from fast_diffusers.pipelines.shipped import open_pipeline
 from fast_diffusers.samplers import euler
+from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler, SCMScheduler
 
 LABELS = [str(label) for label in range(10)]
 SETTINGS = SampleSettings(num_samples=300, batch_size=150, previews=6)
@@ -330,10 +333,51 @@ def test_a_student_that_is_a_whole_pipeline(folders, tmp_path):
     assert distances[0] == pytest.approx(distances[1], rel=0.02)
 
 
+@pytest.fixture(scope="module")
+def sana(tmp_path_factory):
+    """Folders of a random SANA and of a student of it, which embeds its guidance and starts as the same function."""
+    paddle.seed(0)
+    sizes = {"num_layers": 1, "num_attention_heads": 1, "cross_attention_dim": 32, "mlp_ratio": 1}
+    cross = {"num_cross_attention_heads": 1, "cross_attention_head_dim": 32, "caption_channels": 10}
+    image = {"in_channels": 1, "out_channels": 1, "patch_size": 2, "sample_size": 8}
+    teacher = SanaTransformer2DModel(**sizes, **cross, **image, timestep_scale=0.001)
+    for parameter in teacher.parameters():
+        parameter.set_value(parameter + 0.1 * paddle.randn(parameter.shape))
+    teacher.caption_norm.weight.set_value(paddle.ones([32]))  # so that labels count
+    student = SanaTransformer2DModel.from_transformer(teacher, guidance_embeds=True)
+    folders = [tmp_path_factory.mktemp(name) for name in ("teacher", "student")]
+    schedulers = FlowMatchEulerDiscreteScheduler(shift=1.5), SCMScheduler()
+    for folder, scheduler, model in zip(folders, schedulers, (teacher, student), strict=True):
+        SanaLabelPipeline(scheduler, model).save_pretrained(folder)
+    return folders
+
+
+def test_a_teacher_without_embedded_guidance_has_classifier_free_guidance(sana, tmp_path):
+    """And a new student, which is the same function whatever it is told, has none."""
+    teacher, student = sana
+    options = ["--student", student, "--sampler", "trigflow", "--set", "angles=[1.5708, 0]"]
+    small = ["--data", "digits", "--num_samples", "40", "--reference_steps", "2", "--steps", "1"]
+    distances = {}
+    for scale in ("1", "8"):
+        line = ["--model", teacher, *options, *small, "--guidance_scale", scale, "--output", tmp_path / scale]
+        main([str(argument) for argument in (*line, "--cache", tmp_path / "cache")])
+        report = Report.load(tmp_path / scale / "metrics.json")
+        distances[scale] = {role: report.row(role, 1).metrics["frechet_real"] for role in ("teacher", "student")}
+        assert report.settings["student_sampler"] == "trigflow"
+    assert distances["1"]["teacher"] == pytest.approx(distances["1"]["student"], rel=1e-3)
+    assert distances["1"]["student"] == pytest.approx(distances["8"]["student"], rel=1e-6)
+    assert distances["1"]["teacher"] != pytest.approx(distances["8"]["teacher"], rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--set", "style=few"], "--set style=few is for --sampler unified"),
+        (["--set", "style=few"], "--set style=few is for --sampler unified or trigflow"),
+        (
+            ["--sampler", "trigflow", "--set", "angles=[1.5, 0]"],
+            r"angles \[1\.5, 0\.0\] are for --steps 1, which are not",
+        ),
+        (["--sampler", "trigflow", "--set", "angles=[1, 1.5, 0]"], "angles must descend"),
         (["--sampler", "unified", "--set", "order=3"], "order is 3; expected a whole number at most 2"),
         (["--sampler", "unified", "--set", "stile=few"], "unknown key stile; the nearest valid key is style"),
         (["--sampler", "unified", "--set", "gap=[0.5, 0.5]"], "leaves no time to sample"),

@@ -53,6 +53,22 @@ SLOW = {
         settings=("trainer.batch_size=8",),
         weights=("lora", "lora_last"),  # the averaged adapter and the trained one
     ),
+    "sana_sprint_digits": Case(
+        "train_sana_sprint.py",
+        "sana_sprint_digits",
+        kills=5,
+        steps=40,
+        settings=("trainer.batch_size=8",),
+        weights=("pipeline",),
+    ),
+    "sana_sprint_digits, came": Case(
+        "train_sana_sprint.py",
+        "sana_sprint_digits",
+        kills=5,
+        steps=40,
+        settings=("trainer.batch_size=8", "student_optimizer.kind=came", "discriminator_optimizer.kind=came"),
+        weights=("pipeline",),
+    ),
 }
 """Other recipes join by a row here."""
 

@@ -39,6 +39,10 @@ def train(optimizer, params, first: int, last: int, scale: float = 1.0):
 CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.1, grad_clip_norm=1.5, schedule="cosine", warmup_steps=3)
 
 
+EPS = 1e-8  # where the recipe gives none
+KINDS = ["adamw", "adafactor", "came"]
+
+
 def reference(config: OptimizerConfig, total_steps: int, steps: int) -> dict[str, np.ndarray]:
     """AdamW as in the paper (Algorithm 2), float64."""
     b1, b2 = config.betas
@@ -54,7 +58,7 @@ def reference(config: OptimizerConfig, total_steps: int, steps: int) -> dict[str
             m[name] = b1 * m[name] + (1 - b1) * clip * g
             v[name] = b2 * v[name] + (1 - b2) * (clip * g) ** 2
             m_hat, v_hat = m[name] / (1 - b1 ** (step + 1)), v[name] / (1 - b2 ** (step + 1))
-            values[name] -= lr * (m_hat / (np.sqrt(v_hat) + config.eps) + config.weight_decay * values[name])
+            values[name] -= lr * (m_hat / (np.sqrt(v_hat) + EPS) + config.weight_decay * values[name])
     return values
 
 
@@ -92,9 +96,95 @@ def test_adafactor_equals_the_paper(beta1):
             first[name] = beta1 * first.get(name, 0) + (1 - beta1) * g
             m_hat, v_hat = first[name] / (1 - beta1 ** (step + 1)), v.reshape(g.shape) / (1 - 0.99 ** (step + 1))
             rate = learning_rate(config, step, total)
-            values[name] -= rate * (m_hat / (np.sqrt(v_hat) + config.eps) + config.weight_decay * values[name])
+            values[name] -= rate * (m_hat / (np.sqrt(v_hat) + EPS) + config.weight_decay * values[name])
     for name, expected in values.items():
         np.testing.assert_allclose(params[name].numpy(), expected, atol=5e-6)
+
+
+def over_root(values, mean):
+    """values / √mean, the mean of a matrix being that of its rows times that of its columns over that of all."""
+    if isinstance(mean, np.ndarray):
+        return values / np.sqrt(mean)
+    rows, columns = mean
+    return values / np.sqrt(np.outer(rows, columns) / rows.mean()).reshape(values.shape)
+
+
+def running(mean, values, beta):
+    """A running mean: a vector's whole, else of rows and of columns."""
+    if values.ndim < 2:
+        return beta * (0 if mean is None else mean) + (1 - beta) * values
+    matrix = values.reshape(len(values), -1)
+    rows, columns = mean or (0, 0)
+    return beta * rows + (1 - beta) * matrix.mean(1), beta * columns + (1 - beta) * matrix.mean(0)
+
+
+@pytest.mark.parametrize("clip", [None, 1.5])
+def test_came_equals_the_paper(clip):
+    """Algorithm 2 in float64, with a threshold of 1 and its ε; vectors have no confidence."""
+    config = OptimizerConfig(**{**vars(CONFIG), "kind": "came", "confidence_decay": 0.99, "grad_clip_norm": clip})
+    (beta1, beta2), beta3, total = config.betas, config.confidence_decay, 20
+    params = {**parameters(), "kernel": paddle.create_parameter([3, 2, 2, 1], "float32")}
+    values = {name: p.numpy().astype(np.float64) for name, p in params.items()}
+    optimizer, rng = make_optimizer(params, config, total), np.random.default_rng(1)
+    second, first, instability = {}, dict.fromkeys(params, 0), {}
+    for step in range(12):
+        grads = {
+            name: (rng.standard_normal(v.shape) * 2 ** (step % 3)).astype(np.float32) for name, v in values.items()
+        }
+        for name, gradient in grads.items():
+            params[name].grad = paddle.to_tensor(gradient)
+        optimizer.step()
+        norm = math.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values()))
+        scale, rate = 1.0 if clip is None else min(1.0, clip / norm), learning_rate(config, step, total)
+        for name, gradient in grads.items():
+            g = scale * gradient.astype(np.float64)
+            second[name] = running(second.get(name), g**2 + 1e-30, beta2)
+            update = over_root(g, second[name])
+            update = update / max(1.0, np.sqrt((update**2).mean()))
+            first[name] = beta1 * first[name] + (1 - beta1) * update
+            step_taken = first[name]
+            if g.ndim > 1:
+                instability[name] = running(instability.get(name), (update - first[name]) ** 2 + 1e-16, beta3)
+                step_taken = over_root(first[name], instability[name])
+            values[name] -= rate * (step_taken + config.weight_decay * values[name])
+    for name, expected in values.items():
+        np.testing.assert_allclose(params[name].numpy(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_came_takes_the_smallest_gradients_for_what_they_are():
+    """Factors of 1e-27 each: their product is below what float32 holds; an ε of a recipe is added to the squares."""
+    steps = []
+    for scale, eps in ((1.0, None), (1e-12, None), (1e-12, 1.0)):
+        params = parameters()
+        before = {name: parameter.numpy() for name, parameter in params.items()}
+        config = OptimizerConfig(kind="came", lr=0.1, weight_decay=0.0, grad_clip_norm=None, eps=eps)
+        train(make_optimizer(params, config, 1), params, 0, 1, scale)
+        steps.append({name: before[name] - parameter.numpy() for name, parameter in params.items()})
+    for name in before:
+        np.testing.assert_allclose(steps[1][name], steps[0][name], rtol=1e-3)
+    assert np.abs(steps[2]["bias"]).max() < 1e-10 < np.abs(steps[1]["bias"]).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rate_is_a_factor_on_the_learning_rate_of_one_parameter(kind):
+    """Of its weight decay, too. The other parameters move as without it, but for the clipping they share."""
+    config = OptimizerConfig(**{**vars(CONFIG), "kind": kind})
+    moved = []
+    for rates in (None, {"bias": 0.25}, {"bias": 0.0}):
+        params = parameters()
+        before = {name: parameter.numpy() for name, parameter in params.items()}
+        train(make_optimizer(params, config, 10, rates), params, 0, 1)
+        moved.append({name: parameter.numpy() - before[name] for name, parameter in params.items()})
+    plain, slow, still = moved
+    for name in ("block.lora_A.weight", "block.lora_B.weight"):
+        np.testing.assert_array_equal(slow[name], plain[name])
+    np.testing.assert_allclose(slow["bias"], 0.25 * plain["bias"], rtol=1e-4, atol=2e-7)
+    np.testing.assert_array_equal(still["bias"], 0 * still["bias"])
+
+
+def test_a_rate_of_no_parameter_is_an_error():
+    with pytest.raises(ValueError, match="rates names bais, which is not among the parameters"):
+        make_optimizer(parameters(), CONFIG, 10, {"bais": 2.0})
 
 
 def test_a_rank_one_second_moment_is_not_approximated():
@@ -116,10 +206,11 @@ def test_a_rank_one_second_moment_is_not_approximated():
         np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
-def test_zero_gradients_only_decay_the_weights():
+@pytest.mark.parametrize("kind", ["adafactor", "came"])
+def test_zero_gradients_only_decay_the_weights(kind):
     params = parameters()
     before = {name: p.numpy() for name, p in params.items()}
-    config = OptimizerConfig(kind="adafactor", lr=0.1, weight_decay=0.5)
+    config = OptimizerConfig(kind=kind, lr=0.1, weight_decay=0.5)
     for parameter in params.values():
         parameter.grad = paddle.zeros(parameter.shape)
     make_optimizer(params, config, 10).step()
@@ -127,7 +218,7 @@ def test_zero_gradients_only_decay_the_weights():
         np.testing.assert_allclose(parameter.numpy(), 0.95 * before[name], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_five_saved_and_five_more_steps_equal_ten_bitwise(kind, schedule):
     config = OptimizerConfig(**{**vars(CONFIG), "kind": kind, "schedule": schedule})
@@ -160,7 +251,7 @@ def test_state_is_keyed_by_path():
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_size_of_the_state(kind, beta1):
     params, config = parameters(), OptimizerConfig(kind=kind, betas=(beta1, 0.999))
     tensors = make_optimizer(params, config, 10).tensors()
@@ -168,6 +259,8 @@ def test_size_of_the_state(kind, beta1):
     assert sum(state_values(parameter.shape, config) for parameter in params.values()) == counted
     if (kind, beta1) == ("adafactor", 0.0):
         assert counted == (4 + 2 + 1) + (2 + 4 + 1) + (3 + 1)
+    if kind == "came":
+        assert counted == (2 * (4 + 2) + 8) + (2 * (2 + 4) + 8) + (3 + 3)
 
 
 def test_state_of_another_kind_is_an_error():
@@ -191,7 +284,7 @@ def test_norm_is_reported_before_clipping_and_gradients_are_clipped():
     assert clipped == pytest.approx(CONFIG.grad_clip_norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_gradient_changes_nothing(bad, kind):
     params = parameters()
@@ -210,7 +303,7 @@ def test_non_finite_gradient_changes_nothing(bad, kind):
     assert optimizer.steps == 3
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_parameter_without_gradient_is_left_alone(kind):
     params = parameters()
     optimizer = make_optimizer(params, OptimizerConfig(**{**vars(CONFIG), "kind": kind}), 10)

@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill import train_flux_lightning, train_teacher, train_twinflow
+from distill import train_flux_lightning, train_sana_sprint, train_teacher, train_twinflow
 from distill.recipe import RECIPES
 from fast_diffusers.errors import UserError
 
 SCRIPTS = {
     "flux_lightning": (train_flux_lightning, "model data lora objective student_optimizer trainer trainer.health"),
-    "teacher": (train_teacher, "architecture data objective optimizer trainer trainer.health"),
+    "sana_sprint": (train_sana_sprint, "model data lora objective student_optimizer sampler trainer trainer.health"),
+    "teacher": (train_teacher, "architecture architecture.flux data objective optimizer trainer trainer.health"),
     "twinflow": (train_twinflow, "model data lora objective objective.parts optimizer sampler trainer trainer.health"),
 }
 """By how the names of their recipes start; with the sections that are mutated."""

@@ -2,7 +2,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from distill.roles import adapter_roles
+from distill.roles import AdapterRole, adapter_roles
 from fast_diffusers import lora
 
 
@@ -13,6 +13,8 @@ class Net(nn.Layer):
 
 
 class NetDenoiser:
+    embeds_guidance = True
+
     def __init__(self, net):
         self.net = net
 
@@ -44,3 +46,13 @@ def test_the_student_is_its_own_fake_score_unless_there_is_another():
     lora.inject(net, 2, 2, ["proj"], name="student")
     roles = adapter_roles(NetDenoiser(net), net, "student")
     assert roles.fake is roles.student
+
+
+def test_a_role_without_adapters_is_the_model():
+    net = Net()
+    denoiser, x = NetDenoiser(net), paddle.randn([2, 4])
+    role = AdapterRole(denoiser, net, None)
+    np.testing.assert_array_equal(role(x, paddle.ones([2]), {}).numpy(), net.proj(x).numpy())
+    assert role.embeds_guidance
+    denoiser.embeds_guidance = False
+    assert not role.embeds_guidance

@@ -134,7 +134,7 @@ def work(folder):
             given = [
                 call for call, _ in calls if {id(p) for p in call[0].parameters()} == {id(p) for p in own.values()}
             ]
-            assert len(given) == 1 and given[0][1] is trainer.method.optimizers[player].inner
+            assert len(given) == 1 and given[0][1] is trainer.optimizers[player].rule
         report[level] = {
             player: sum(moment.size for moment in each.rule._accumulators["moment1"].values())
             for player, each in trainer.optimizers.items()

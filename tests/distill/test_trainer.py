@@ -18,7 +18,7 @@ from fast_diffusers.errors import UserError
 class Regression:
     """Two players that take turns; the second one's loss also uses the first one's weights."""
 
-    def __init__(self, steps, poison_at=None):
+    def __init__(self, steps, *poison_at):
         self.weights = {
             name: paddle.create_parameter([3], "float32", default_initializer=paddle.nn.initializer.Constant(0.1))
             for name in ("first", "second")
@@ -37,7 +37,7 @@ class Regression:
         if player == "second":
             error = error + self.weights["first"].detach().sum()
         term = (error**2).mean()
-        if self.poison_at == batch["step"]:
+        if batch["step"] in self.poison_at:
             term = term * float("nan")
         return term, {"fit": term.detach()}
 
@@ -73,6 +73,31 @@ def test_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(tmp_path):
     assert {"first_loss", "first_grad_norm", "first_lr", "fit", "steps_per_second"} <= lines[0].keys()
 
 
+def test_buffers_of_a_method_resume(tmp_path):
+    """A momentum of its own, which every loss changes in place and reads."""
+
+    class Remembering(Regression):
+        def __init__(self, steps):
+            super().__init__(steps)
+            self.buffers = {"seen": paddle.zeros([1])}
+
+        def loss(self, player, batch, draws):
+            term, parts = super().loss(player, batch, draws)
+            with paddle.no_grad():
+                self.buffers["seen"].set_value(0.5 * self.buffers["seen"] + term)
+            return term * self.buffers["seen"].detach().sum(), parts
+
+    whole, _ = run(tmp_path / "whole", 10, method=Remembering(10))
+    run(tmp_path / "parts", 5, method=Remembering(10))
+    continued, _ = run(tmp_path / "parts", 10, resume=True, method=Remembering(10))
+    for expected, actual in zip(values(whole), values(continued), strict=True):
+        np.testing.assert_array_equal(expected, actual)
+    np.testing.assert_array_equal(whole.buffers["seen"].numpy(), continued.buffers["seen"].numpy())
+    with pytest.raises(UserError, match=r"does not fit this recipe: .*has no tensors of buffers"):
+        run(tmp_path / "plain", 5)
+        run(tmp_path / "plain", 10, resume=True, method=Remembering(10))
+
+
 def test_accumulation_averages_the_micro_steps(tmp_path):
     method = Regression(10)
     trainer = Trainer(TrainerConfig(steps=1, gradient_accumulation=2, output_dir=str(tmp_path)), method, read)
@@ -92,7 +117,7 @@ def test_accumulation_averages_the_micro_steps(tmp_path):
 
 
 def test_non_finite_loss_stops_names_the_term_and_keeps_the_checkpoint(tmp_path):
-    method = Regression(10, poison_at=7)
+    method = Regression(10, 7)
     with pytest.raises(NonFiniteError, match=r"step 7, second: fit, second_loss not finite; stopped"):
         run(tmp_path, 10, method=method)
     assert latest_valid(tmp_path / "checkpoints").step == 5
@@ -100,9 +125,48 @@ def test_non_finite_loss_stops_names_the_term_and_keeps_the_checkpoint(tmp_path)
 
 
 def test_non_finite_loss_can_be_skipped_and_is_counted(tmp_path):
-    method, trainer = run(tmp_path, 10, method=Regression(10, poison_at=6), on_nonfinite="skip")
+    method, trainer = run(tmp_path, 10, method=Regression(10, 6), on_nonfinite="skip")
     assert trainer.skipped == 1
     assert all(np.isfinite(w).all() for w in values(method))
+
+
+def test_three_skipped_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path):
+    """In a row of one player's own updates: `second` has every other step, and `first` is fine in between."""
+
+    class SecondFails(Regression):
+        def loss(self, player, batch, draws):
+            term, parts = super().loss(player, batch, draws)
+            return (term * float("nan") if player == "second" and batch["step"] >= 7 else term), parts
+
+    message = (
+        r"step 11, second: second_loss not finite, update 3 in a row that cannot be used; stopped\. The checkpoints"
+    )
+    with pytest.raises(NonFiniteError, match=message):
+        run(tmp_path, 20, method=SecondFails(20), on_nonfinite="skip")
+    kept = latest_valid(tmp_path / "checkpoints")
+    assert (kept.step, kept.state["skipped_in_a_row"]) == (10, {"first": 0, "second": 2})
+    assert all(np.isfinite(value.numpy()).all() for value in kept.tensors("second").values())
+
+
+def test_a_good_update_starts_the_count_again(tmp_path):
+    _, trainer = run(tmp_path, 10, method=Regression(10, 0, 2, 4, 6), on_nonfinite="skip", max_skips=2)
+    assert trainer.skipped == 4 and trainer.skipped_in_a_row == {"first": 0, "second": 0}
+
+
+def test_how_many_in_a_row_stop_the_run_is_a_setting(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 3, first: .* update 2 in a row"):
+        run(tmp_path, 10, method=Regression(10, 2, 3), on_nonfinite="skip", max_skips=2)
+
+
+def test_the_count_of_skips_in_a_row_goes_on_after_a_resume(tmp_path):
+    """Two before the checkpoint and one after it are three."""
+    settings = {"on_nonfinite": "skip", "checkpoint_every": 2}
+    run(tmp_path, 6, method=Regression(10, 4, 5), **settings)
+    with pytest.raises(NonFiniteError, match=r"step 6, first: .*update 3 in a row"):
+        run(tmp_path, 10, resume=True, method=Regression(10, 6), **settings)
+    assert latest_valid(tmp_path / "checkpoints").step == 6
+    _, trainer = run(tmp_path, 10, resume=True, **settings)
+    assert trainer.skipped == 3 and trainer.skipped_in_a_row == {"first": 0, "second": 0}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

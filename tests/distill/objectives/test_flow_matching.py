@@ -18,7 +18,8 @@ class Recorder:
         self.theta = paddle.to_tensor(np.float64(theta), stop_gradient=False)
 
     def __call__(self, x, t, cond, *, target_t=None, guidance=None):
-        self.cond, self.guidance, self.t = cond["level"].numpy().ravel(), guidance.numpy(), t.numpy()
+        self.cond, self.t = cond["level"].numpy().ravel(), t.numpy()
+        self.guidance = None if guidance is None else guidance.numpy()
         return self.theta * x + (cond["level"] + t.unsqueeze(1)).reshape([-1, 1, 1, 1])
 
 
@@ -84,3 +85,17 @@ def test_gradient_matches_finite_differences(batch, draws):
 def test_without_guided_rows_no_target_is_asked(batch):
     loss, metrics = flow_matching(Roles(Recorder(0.3), None, None), batch, StepDraws(0, 0), guided_rate=0.0)
     assert float(loss) == float(metrics["flow_matching"]) > 0
+
+
+def test_a_model_without_embedded_guidance_is_told_none(batch):
+    """It learns what the unguided rows of others learn."""
+    told, untold = Recorder(0.3), Recorder(0.3)
+    settings = {"mu": MU, "drop_rate": 0.5, "guided_rate": 0.0}
+    losses = [
+        flow_matching(Roles(student, None), batch, StepDraws(0, 0), embeds_guidance=embeds, **settings)[0]
+        for student, embeds in ((told, True), (untold, False))
+    ]
+    assert untold.guidance is None and np.all(told.guidance == 1)
+    assert float(losses[0]) == float(losses[1])
+    with pytest.raises(ValueError, match=r"guided_rate is 0\.5, but the model does not embed"):
+        flow_matching(Roles(untold, None), batch, StepDraws(0, 0), embeds_guidance=False, guided_rate=0.5)
