@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ if "operator-first" in sys.argv:
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import fast_diffusers
-import os, paddle, threading
+import os, paddle, resource, threading
 import paddle.nn.functional as F
 from fast_diffusers import compat
 
@@ -44,12 +45,18 @@ threads = [compat.openmp_threads()]
 worker = threading.Thread(target=lambda: threads.append(compat.openmp_threads()))
 worker.start()
 worker.join()
+def faults():  # pages that 64 MiB, just freed, take when they are used again
+    paddle.ones([1 << 24])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    paddle.ones([1 << 24])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 x = paddle.arange(24, dtype="float32").reshape([1, 2, 3, 4]) / 24
 traced = paddle.jit.to_static(chained, full_graph=True)(x) if "trace" in sys.argv else chained(x)
 print(json.dumps({
     "network": network,
     "threads": threads,
     "environment": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")},
+    "faults": faults(),
     "root": [len(logging.getLogger().handlers), logging.getLogger().level],
     "warnings": [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)],
     "filters": [f[1].pattern for f in warnings.filters if f[1] is not None and "ccache" in f[1].pattern],
@@ -58,11 +65,15 @@ print(json.dumps({
 """
 
 
+SETTINGS = ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+GLIBC = platform.libc_ver()[0] == "glibc"
+
+
 def probe(folder: Path, *arguments: str, **environment: str) -> tuple[dict, str]:
     """Import fast_diffusers in a new process without network: (what the process reports, its stderr)."""
     script = folder / "probe.py"
     script.write_text(PROBE)
-    inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")}
+    inherited = {k: v for k, v in os.environ.items() if k not in SETTINGS}
     process = subprocess.run(
         [sys.executable, script, *arguments],
         env=inherited | {"PYTHONPATH": str(ROOT), "GLOG_minloglevel": "2"} | environment,
@@ -114,6 +125,13 @@ def test_settings_of_the_user_stay(tmp_path):
     assert report["threads"] == [3, 3]
     assert report["environment"] == {"OMP_NUM_THREADS": "3", "MKL_DEBUG_CPU_TYPE": "4"}
     assert stderr == ""
+
+
+@pytest.mark.skipif(not GLIBC, reason="another malloc than glibc's")
+def test_freed_memory_is_used_again_unless_the_user_set_malloc(fresh, tmp_path):
+    assert fresh[0]["faults"] < 100
+    report, _ = probe(tmp_path, MALLOC_MMAP_THRESHOLD_="131072")
+    assert report["faults"] > 10_000
 
 
 @pytest.mark.skipif(not compat._IS_X86, reason="other processors keep Paddle's one thread")
