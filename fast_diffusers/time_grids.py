@@ -40,6 +40,17 @@ def shift_sigma(t: float | np.ndarray, mu: float) -> np.ndarray:
     return scale * t / (scale * t + (1.0 - t))
 
 
+def stretch_to_terminal(sigmas: np.ndarray, terminal: float) -> np.ndarray:
+    """Descending levels moved so that the last one is `terminal`, float64: distances to 1 all grow by one factor.
+
+    Noise stays noise: a last level of 1, as of a single step, cannot be moved and is left there.
+    """
+    sigmas = np.asarray(sigmas, dtype=np.float64)
+    if sigmas[-1] == 1:
+        return sigmas
+    return 1 - (1 - sigmas) * ((1 - terminal) / (1 - sigmas[-1]))
+
+
 def scheduler_mu(config: Mapping[str, Any], num_tokens: int) -> float:
     """Shift exponent that a flow-matching scheduler's config means for an image of `num_tokens` tokens.
 

@@ -29,6 +29,8 @@ from fast_diffusers.pipelines.components import (
     save_component,
     write_index,
 )
+from fast_diffusers.pipelines.image_input import ImageInput, image_size, image_tensor
+from fast_diffusers.pipelines.image_start import DEFAULT_STRENGTH, check_strength, first_index, state_at
 from fast_diffusers.pipelines.lora_methods import LoRAMethods
 from fast_diffusers.random import AnyGenerator, randn
 from fast_diffusers.schedulers import UnifiedScheduler
@@ -76,6 +78,18 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
     @property
     def default_size(self) -> int:
         """Height and width in pixels of an image when none is asked for."""
+        raise NotImplementedError
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of an image: 3, or 1 where images are gray."""
+        return 3
+
+    def encode_images(self, images: Tensor, generator: AnyGenerator | None = None) -> Tensor:
+        """Images [B, image_channels, H, W] in [-1, 1] to latents [B, C, h, w], float32.
+
+        Where these have a distribution it is sampled with `generator`; without one its mode is taken.
+        """
         raise NotImplementedError
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -144,16 +158,17 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
 
     @classmethod
     def _class_named(cls, name: str, directory: Path) -> type[Self]:
-        """The pipeline class of that name, which must be this one or derive from it."""
+        """The pipeline class for a folder of that name: this one, or the one which derives from it."""
         name = PIPELINE_ALIASES.get(name, name)
-        known = {each.__name__: each for each in (cls, *cls.__subclasses__()) if each is not Pipeline}
+        classes = [each for each in (*cls.__subclasses__(), cls) if each is not Pipeline]
+        known = {PIPELINE_ALIASES.get(each.__name__, each.__name__): each for each in classes}
         if name not in known:
             raise UserError(f"{directory} holds a {name}, expected a pipeline of class {' or '.join(sorted(known))}")
         return known[name]
 
     def _name_in(self, layout: str) -> str:
         """The pipeline's class name in a layout's model_index.json."""
-        return type(self).__name__
+        return PIPELINE_ALIASES.get(type(self).__name__, type(self).__name__)
 
     def save_pretrained(self, directory: str | os.PathLike, layout: str = "paddle") -> None:
         """Write a folder that `from_pretrained` opens, and PyTorch diffusers too if `layout` is "diffusers".
@@ -204,6 +219,8 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
         negative: Callable[[], Cond] | None = None,
         denoiser: Denoiser | None = None,
         schedule: Mapping[str, Any] | None = None,
+        image: ImageInput | None = None,
+        strength: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """From prompts to images: check, `encode` (called once, giving a row a prompt), denoise, decode.
 
@@ -215,6 +232,9 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
                 guides only where the transformer embeds guidance.
             denoiser: what to run instead of `self.denoiser`.
             schedule: more arguments for the scheduler's `set_timesteps`; None among them stands for its default.
+            image: where to begin instead of noise alone, one for all prompts or one each; its size is that of the
+                result where none is given, rounded down to what the pipeline can make.
+            strength: how much of the schedule runs from the image, see `image_start`; default 0.6.
         """
         self._check_output(output_type)
         self._check_callback_inputs(callback_on_step_end_tensor_inputs)
@@ -227,15 +247,26 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
         batch = num_prompts * num_images_per_prompt
         if isinstance(generator, list | tuple) and len(generator) != batch:
             raise UserError(f"got {len(generator)} generators for {batch} images: pass one for each, or a single one")
+        if image is not None:
+            height, width = self._size_of(image, height, width)
+        elif strength is not None:
+            raise UserError("strength needs an image to begin from: pass image too")
         shape = self._latent_shape(batch, height, width)
         if latents is not None and list(latents.shape) != shape:
             raise UserError(f"latents must have shape {shape} for this call, got {list(latents.shape)}")
         self._set_timesteps(num_inference_steps, timesteps, sigmas, shape, schedule or {})
+        begin, data = 0, None
+        if image is not None:
+            begin = first_index(self.scheduler, check_strength(DEFAULT_STRENGTH if strength is None else strength))
+            data = self._to_latents(image, num_prompts, shape).repeat_interleave(num_images_per_prompt, axis=0)
         with self._lora_scale(joint_attention_kwargs):
             cond = encode().repeat_interleave(num_images_per_prompt)
             null = None if negative is None else negative().repeat_interleave(num_images_per_prompt)
             latents = randn(shape, generator) if latents is None else latents.astype("float32")
-            latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            if data is None:
+                latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            else:
+                latents = state_at(self.scheduler, begin, data, latents)
             guidance = self._embedded_guidance(guidance_scale, batch) if null is None else guidance_scale
             latents = self._denoise(
                 self.denoiser if denoiser is None else denoiser,
@@ -246,6 +277,7 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
                 generator,
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
+                begin,
             )
         images = self._to_output(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -260,19 +292,24 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
         generator: AnyGenerator | Sequence[AnyGenerator] | None,
         callback: Callback | None,
         callback_inputs: Sequence[str],
+        begin: int,
     ) -> Tensor:
-        """Run the scheduler's steps from `latents` to data, float32; away from `null` if it is given."""
+        """Run the scheduler's steps from `latents` to data, float32; away from `null` if it is given.
+
+        `latents` are the state at the scheduler's timestep `begin`.
+        """
         scheduler = self.scheduler
         target_times = getattr(scheduler, "target_times", None)
         _check_target_times(scheduler, denoiser)
         # ppdiffusers' own schedulers know another kind of generator, which does nothing on CPU.
         options = {"generator": generator} if isinstance(scheduler, FlowMatchScheduler) else {}
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)
-        with self.progress_bar(total=scheduler.timesteps.shape[0]) as progress:
-            for i, timestep in enumerate(scheduler.timesteps):
+            scheduler.set_begin_index(begin)
+        timesteps = list(scheduler.timesteps)[begin:]
+        with self.progress_bar(total=len(timesteps)) as progress:
+            for i, timestep in enumerate(timesteps):
                 t = timestep / scheduler.config.num_train_timesteps
-                target_t = None if target_times is None else target_times[i]
+                target_t = None if target_times is None else target_times[begin + i]
                 model = denoiser if null is None else self.classifier_free(denoiser, null)
                 velocity = model(latents, t, cond, target_t=target_t, guidance=guidance)
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
@@ -325,6 +362,22 @@ class Pipeline(LoRAMethods, DiffusionPipeline):
             if isinstance(edge, bool) or not isinstance(edge, Integral) or edge < 1 or edge % multiple:
                 raise UserError(f"{name} must be a positive multiple of {multiple}, got {edge!r}")
         return [batch, self.latent_channels, *(edge // self.pixels_per_latent for edge in size)]
+
+    def _size_of(self, image: ImageInput, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+        """The size asked for, or else an image's own, rounded down to multiples of `pixels_per_token`."""
+        multiple = self.pixels_per_token
+        own = [max(edge // multiple, 1) * multiple for edge in image_size(image) or ()] or [None, None]
+        return own[0] if height is None else height, own[1] if width is None else width
+
+    def _to_latents(self, image: ImageInput, number: int, shape: Sequence[int], what: str = "image") -> Tensor:
+        """Images of a call, one or `number` of them, as latents [number, C, h, w] of `shape` [.., C, h, w]."""
+        height, width = (edge * self.pixels_per_latent for edge in shape[2:])
+        images = image_tensor(image, height, width, what, self.image_channels)
+        if images.shape[0] not in (1, number):
+            kind = what.replace("_", " ") + "s"
+            raise UserError(f"got {images.shape[0]} {kind} for {number} prompts: pass 1, or one a prompt")
+        latents = self.encode_images(images)
+        return latents.expand([number, *latents.shape[1:]])
 
     def _check_output(self, output_type: str) -> None:
         if output_type not in OUTPUT_TYPES:

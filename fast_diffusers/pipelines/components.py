@@ -26,7 +26,7 @@ CLASSES: Mapping[str, tuple[str, str]] = {
     "AutoencoderKL": ("fast_diffusers.models", "AutoencoderKL"),
     "AutoencoderKLQwenImage": ("fast_diffusers.models", "AutoencoderKLQwenImage"),
     "CLIPTextModel": ("fast_diffusers.text_encoders", "CLIPTextModel"),
-    "CLIPTextModelWithProjection": ("fast_diffusers.text_encoders.clip_projection", "CLIPTextModelWithProjection"),
+    "CLIPTextModelWithProjection": ("fast_diffusers.text_encoders", "CLIPTextModelWithProjection"),
     "CLIPTokenizer": ("fast_diffusers.text_encoders", "CLIPTokenizer"),
     "CLIPTokenizerFast": ("fast_diffusers.text_encoders", "CLIPTokenizer"),
     "DPMSolverMultistepScheduler": ("fast_diffusers.schedulers", "FlowMatchEulerDiscreteScheduler"),
@@ -81,8 +81,25 @@ PYTORCH_NAMES: Mapping[str, tuple[str, str]] = {
 }
 """(library, class) in PyTorch of our classes that have a counterpart there, for the diffusers layout."""
 
-PIPELINE_ALIASES: Mapping[str, str] = {"SanaControlNetPipeline": "SanaPipeline"}
-"""Our pipeline for pipelines of diffusers that are called otherwise."""
+PIPELINE_ALIASES: Mapping[str, str] = {
+    "FluxImg2ImgPipeline": "FluxPipeline",
+    "QwenImageImg2ImgPipeline": "QwenImagePipeline",
+    "SanaControlNetPipeline": "SanaPipeline",
+    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
+    "ZImageImg2ImgPipeline": "ZImagePipeline",
+}
+"""The pipeline whose name ours have in a folder, for pipelines of the same parts that are called otherwise."""
+
+SOLVER_OFF = (
+    "shift_terminal",
+    "thresholding",
+    "use_beta_sigmas",
+    "use_dynamic_shifting",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+    "use_lu_lambdas",
+)
+"""Settings of a multistep solver that change what it visits or predicts, off in published models."""
 
 
 def read_index(directory: Path) -> dict[str, Any]:
@@ -150,21 +167,36 @@ def load_component(directory: Path, name: str, entry: object, paddle_dtype: Any)
         raise FileNotFoundError(f"{directory} has no folder {name!r} ({entry[1]}); pass {name}=None to do without it")
     module, class_name = CLASSES[entry[1]]
     cls = getattr(import_module(module), class_name)
-    if entry[1] == "DPMSolverMultistepScheduler":
-        return cls.from_config(_euler_config(read_json(folder / cls.config_name), folder))
     if issubclass(cls, SchedulerMixin):
-        return cls.from_config(read_json(folder / cls.config_name))
+        return _load_scheduler(cls, folder, of_solver=entry[1] == "DPMSolverMultistepScheduler")
     return cls.from_pretrained(folder, **({"paddle_dtype": paddle_dtype} if issubclass(cls, nn.Layer) else {}))
+
+
+def _load_scheduler(cls: type[SchedulerMixin], folder: Path, of_solver: bool) -> SchedulerMixin:
+    """A scheduler of the class from its folder, or `of_solver` from that of a multistep solver.
+
+    Raises:
+        UserError: it has settings that are not supported.
+    """
+    config = read_json(folder / cls.config_name)
+    if of_solver:
+        config = _euler_config(config, folder)
+    try:
+        return cls.from_config(config)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; pass a scheduler of your own") from error
 
 
 def _euler_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Config of Euler's method for a flow-matching multistep solver's: the same shift, but steps of first order.
 
     Raises:
-        UserError: the solver is not one of flow matching.
+        UserError: the solver is not one of flow matching, or has settings that Euler's method could not follow.
     """
     if config.get("prediction_type") != "flow_prediction" or not config.get("use_flow_sigmas"):
         raise UserError(f"{folder} is a solver of noise-prediction models, expected one with use_flow_sigmas: pass one")
+    if on := [name for name in SOLVER_OFF if config.get(name)]:
+        raise UserError(f"{folder} has {' and '.join(on)}, which is not supported here: pass a scheduler of your own")
     shift = config.get("flow_shift", 1.0)
     logger.warning(
         "%s: there is no DPMSolverMultistepScheduler here; FlowMatchEulerDiscreteScheduler runs in its place "

@@ -12,8 +12,10 @@ from ppdiffusers import SchedulerMixin
 from ppdiffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from fast_diffusers.conditioning import Cond
+from fast_diffusers.denoisers import Denoiser
 from fast_diffusers.errors import UserError
 from fast_diffusers.pipelines.base import Callback, as_prompts
+from fast_diffusers.pipelines.image_input import ImageInput
 from fast_diffusers.random import AnyGenerator
 
 
@@ -43,6 +45,11 @@ class LabelMethods:
                 f"{num_classes} classes need {' = '.join(widths)} = {num_classes}, "
                 f"this transformer has {' and '.join(map(str, widths.values()))}"
             )
+
+    @property
+    def image_channels(self) -> int:
+        """See `Pipeline`."""
+        return self.latent_channels
 
     @property
     def default_size(self) -> int:
@@ -76,14 +83,26 @@ class LabelMethods:
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         sigmas: Sequence[float] | None = None,
+        image: ImageInput | None = None,
+        strength: float | None = None,
+        control_image: ImageInput | None = None,
+        controlnet_conditioning_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
-        """Generate images of labels; arguments as in `FluxPipeline`, sizes being multiples of 2."""
+        """Generate images of labels; arguments as in `FluxPipeline`, sizes being multiples of 2.
+
+        control_image, controlnet_conditioning_scale: as in `SanaPipeline`; for models that can have a ControlNet.
+        """
         prompts = as_prompts(prompt)
         self._labels(prompts)
         scale = self.default_guidance if guidance_scale is None else guidance_scale
+        size = (height, width) if image is None else self._size_of(image, height, width)
+        encode, denoiser = self._with_control(
+            lambda: self.conditioning(prompts), control_image, controlnet_conditioning_scale, len(prompts), *size
+        )
         return self._generate(
-            lambda: self.conditioning(prompts),
+            encode,
             len(prompts),
+            denoiser=denoiser,
             height=height,
             width=width,
             num_inference_steps=self.default_steps if num_inference_steps is None else num_inference_steps,
@@ -99,6 +118,8 @@ class LabelMethods:
             joint_attention_kwargs=joint_attention_kwargs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            image=image,
+            strength=strength,
         )
 
     def one_hot(self, prompts: str | Sequence[str], num_images_per_prompt: int = 1) -> Tensor:
@@ -117,6 +138,14 @@ class LabelMethods:
     def conditioning(self, prompts: Sequence[str]) -> Cond:
         """See `Pipeline`."""
         raise NotImplementedError
+
+    def _with_control(
+        self, encode: Callable[[], Cond], image: ImageInput | None, *arguments: Any
+    ) -> tuple[Callable[[], Cond], Denoiser | None]:
+        """See `ControlMethods`, which a class that can have a ControlNet derives from; others take no image."""
+        if image is not None:
+            raise UserError(f"{type(self).__name__} has no ControlNet that could read control_image")
+        return encode, None
 
     def _negative(self, number: int) -> Callable[[], Cond] | None:
         """What `number` prompts are led away from by classifier-free guidance; None for models that need none."""

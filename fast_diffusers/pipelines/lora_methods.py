@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from paddle import nn
 
@@ -19,6 +19,8 @@ class LoRAMethods:
     """Mixin of pipelines: load, choose, scale, fuse and unload adapters of `self.transformer`."""
 
     transformer: nn.Layer
+    attention_argument: ClassVar[str] = "joint_attention_kwargs"
+    """What a pipeline's call names the argument that `_lora_scale` reads."""
 
     def load_lora_weights(
         self,
@@ -74,14 +76,14 @@ class LoRAMethods:
             lora.remove(self.transformer, name)
 
     @contextmanager
-    def _lora_scale(self, joint_attention_kwargs: Mapping[str, Any] | None) -> Iterator[None]:
-        """Run the chosen adapters at `joint_attention_kwargs["scale"]` inside the block."""
-        if not joint_attention_kwargs:
+    def _lora_scale(self, attention_kwargs: Mapping[str, Any] | None) -> Iterator[None]:
+        """Run the chosen adapters at `attention_kwargs["scale"]` inside the block."""
+        if not attention_kwargs:
             yield
             return
-        if unknown := set(joint_attention_kwargs) - {"scale"}:
-            raise UserError(f"joint_attention_kwargs takes only 'scale', that of the LoRA, not {sorted(unknown)}")
-        with lora.active(self.transformer, self._running_adapters(), float(joint_attention_kwargs["scale"])):
+        if unknown := set(attention_kwargs) - {"scale"}:
+            raise UserError(f"{self.attention_argument} takes only 'scale', that of the LoRA, not {sorted(unknown)}")
+        with lora.active(self.transformer, self._running_adapters(), float(attention_kwargs["scale"])):
             yield
 
     def _running_adapters(self) -> dict[str, float]:

@@ -50,7 +50,7 @@ class PromptMethods:
         if missing := [name for name in self.text_parts if getattr(self, name) is None]:
             raise UserError(
                 f"prompts need {' and '.join(missing)}, which this pipeline is without: "
-                f"pass {' and '.join(self.text_shapes)} (and the negative ones for guidance) instead"
+                f"pass {' and '.join(self.text_shapes)} instead (for classifier-free guidance the negative ones too)"
             )
 
     def _check_decodable(self, output_type: str) -> None:

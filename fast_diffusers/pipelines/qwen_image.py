@@ -18,6 +18,7 @@ from fast_diffusers.denoisers import ClassifierFree
 from fast_diffusers.errors import UserError
 from fast_diffusers.models import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from fast_diffusers.pipelines.base import Callback, Pipeline, as_prompts, encode_distinct
+from fast_diffusers.pipelines.image_input import ImageInput
 from fast_diffusers.pipelines.prompts import PromptMethods, Shapes, fit_text
 from fast_diffusers.random import AnyGenerator
 from fast_diffusers.text_encoders import Qwen2_5_VLTextModel, Qwen2Tokenizer
@@ -78,6 +79,7 @@ class QwenImagePipeline(PromptMethods, Pipeline):
         }
     )
     classifier_free = TokenNormGuidance
+    attention_argument = "attention_kwargs"
     _callback_tensor_inputs = (
         "latents",
         "prompt_embeds",
@@ -143,6 +145,8 @@ class QwenImagePipeline(PromptMethods, Pipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
         timesteps: Sequence[float] | None = None,
+        image: ImageInput | None = None,
+        strength: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images; arguments as in `SanaPipeline`, where nothing else is said.
 
@@ -154,6 +158,7 @@ class QwenImagePipeline(PromptMethods, Pipeline):
             latents: initial noise [B, C, height / 8, width / 8] instead of drawing it.
             prompt_embeds, prompt_embeds_mask: embeddings [N, T, D] and mask [N, T] instead of prompts.
             max_sequence_length: number of text tokens at most, up to 1024.
+            image, strength: where to begin instead of noise, see `FluxPipeline`.
         """
         embeds = self._given(prompt_embeds, prompt_embeds_mask)
         null = self._given(negative_prompt_embeds, negative_prompt_embeds_mask, prefix="negative_")
@@ -191,6 +196,8 @@ class QwenImagePipeline(PromptMethods, Pipeline):
             joint_attention_kwargs=attention_kwargs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            image=image,
+            strength=strength,
         )
 
     @paddle.no_grad()

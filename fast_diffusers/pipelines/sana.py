@@ -13,14 +13,13 @@ from ppdiffusers import SchedulerMixin
 from ppdiffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from fast_diffusers.conditioning import Cond
-from fast_diffusers.denoisers import Denoiser, SanaDenoiser
 from fast_diffusers.errors import UserError
 from fast_diffusers.models import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel
 from fast_diffusers.pipelines.base import Callback, Pipeline, as_prompts, encode_distinct
-from fast_diffusers.pipelines.image_input import ImageInput, image_tensor
+from fast_diffusers.pipelines.control import ControlMethods, check_controlnet
+from fast_diffusers.pipelines.image_input import ImageInput
 from fast_diffusers.pipelines.prompts import PromptMethods, Shapes
 from fast_diffusers.random import AnyGenerator
-from fast_diffusers.target_time import AttachedDenoiser, attached
 from fast_diffusers.text_encoders import Gemma2Model, GemmaTokenizer
 
 PARTS: Mapping[str, type] = MappingProxyType(
@@ -35,8 +34,8 @@ PARTS: Mapping[str, type] = MappingProxyType(
 )
 
 
-class SanaMethods(PromptMethods):
-    """What SANA's pipelines share: the parts, text, latents and control images; it stands before `Pipeline`.
+class SanaMethods(ControlMethods, PromptMethods):
+    """What SANA's pipelines share: the parts, text and latents; it stands before `Pipeline`.
 
     Args:
         tokenizer, text_encoder: Gemma-2; None if embeddings are given instead of prompts.
@@ -47,7 +46,7 @@ class SanaMethods(PromptMethods):
     """
 
     component_types = PARTS
-    _optional_components = ("controlnet",)
+    attention_argument = "attention_kwargs"
     _callback_tensor_inputs = (
         "latents",
         "prompt_embeds",
@@ -74,8 +73,7 @@ class SanaMethods(PromptMethods):
             scheduler=scheduler,
             controlnet=controlnet,
         )
-        if controlnet is not None:
-            _check_controlnet(controlnet, transformer)
+        check_controlnet(controlnet, transformer)
 
     # ---- geometry ----------------------------------------------------------------------------------------------------
 
@@ -189,17 +187,6 @@ class SanaMethods(PromptMethods):
         width = self.transformer.config.caption_channels
         return {"prompt_embeds": ("N", "T", width), "prompt_attention_mask": ("N", "T")}
 
-    # ---- control -----------------------------------------------------------------------------------------------------
-
-    def _control(self, image: ImageInput, num_prompts: int, height: int | None, width: int | None) -> Tensor:
-        """Control images as latents, [num_prompts, C, h, w]."""
-        rows, columns = self._latent_shape(1, height, width)[2:]
-        edge = self.pixels_per_latent
-        latents = self.encode_images(image_tensor(image, rows * edge, columns * edge, "control_image"))
-        if latents.shape[0] not in (1, num_prompts):
-            raise UserError(f"got {latents.shape[0]} control images for {num_prompts} prompts: pass 1, or one a prompt")
-        return latents.expand([num_prompts, *latents.shape[1:]])
-
     # ---- generation --------------------------------------------------------------------------------------------------
 
     def _sample(
@@ -215,28 +202,15 @@ class SanaMethods(PromptMethods):
         """`Pipeline._generate` for SANA."""
         number = self._count(prompt, embeds)
         self._check_decodable(call["output_type"])
-        if control_image is not None and self.controlnet is None:
-            raise UserError("control_image needs a controlnet: pass controlnet= to the pipeline")
 
         def encode() -> Cond:
-            cond = embeds
-            if cond is None:
-                cond = self.conditioning(as_prompts(prompt), max_sequence_length, complex_human_instruction)
-            if control_image is None:
-                return cond
-            return Cond(cond, control=self._control(control_image, number, call["height"], call["width"]))
+            if embeds is not None:
+                return embeds
+            return self.conditioning(as_prompts(prompt), max_sequence_length, complex_human_instruction)
 
-        return self._generate(
-            encode,
-            number,
-            denoiser=None if control_image is None else self._controlled(controlnet_conditioning_scale),
-            **call,
-        )
-
-    def _controlled(self, conditioning_scale: float) -> Denoiser:
-        """The denoiser with the ControlNet."""
-        denoiser = SanaDenoiser(self.transformer, self.controlnet, conditioning_scale)
-        return AttachedDenoiser(denoiser) if attached(self.transformer) else denoiser
+        size = call["height"], call["width"]
+        encode, denoiser = self._with_control(encode, control_image, controlnet_conditioning_scale, number, *size)
+        return self._generate(encode, number, denoiser=denoiser, **call)
 
 
 class SanaPipeline(SanaMethods, Pipeline):
@@ -438,22 +412,6 @@ class SanaSprintPipeline(SanaMethods, Pipeline):
 def _first_and_last(x: Tensor, length: int) -> Tensor:
     """Positions 0 and the last length - 1 of [B, T, ...]."""
     return paddle.concat([x[:, :1], x[:, x.shape[1] - length + 1 :]], axis=1)
-
-
-def _check_controlnet(controlnet: SanaControlNetModel, transformer: SanaTransformer2DModel) -> None:
-    """UserError unless the one's output can be added to the other's tokens."""
-    for name in ("in_channels", "patch_size", "num_attention_heads", "attention_head_dim", "caption_channels"):
-        if controlnet.config[name] != transformer.config[name]:
-            raise UserError(
-                f"the controlnet does not fit this transformer: {name} is {controlnet.config[name]}, "
-                f"expected {transformer.config[name]}"
-            )
-    blocks = controlnet.config.num_layers
-    if not 0 < blocks < transformer.config.num_layers:
-        raise UserError(
-            f"the controlnet does not fit this transformer: it has {blocks} blocks, "
-            f"expected 1 to {transformer.config.num_layers - 1}"
-        )
 
 
 def _dtype(model: nn.Layer) -> paddle.dtype:

@@ -9,22 +9,39 @@ from paddle import Tensor
 from ppdiffusers import SchedulerMixin
 
 from fast_diffusers.conditioning import Cond
-from fast_diffusers.models import SanaTransformer2DModel
+from fast_diffusers.models import SanaControlNetModel, SanaTransformer2DModel
 from fast_diffusers.pipelines.base import Pipeline
+from fast_diffusers.pipelines.control import ControlMethods, check_controlnet
 from fast_diffusers.pipelines.label import LabelMethods
 
 
-class SanaLabelPipeline(LabelMethods, Pipeline):
+class SanaLabelPipeline(ControlMethods, LabelMethods, Pipeline):
     """Label to image with SANA, or with a SANA-Sprint student (`guidance_embeds`); arguments as in `LabelMethods`.
 
     A teacher is guided by classifier-free guidance, at twice the cost; a scale of 1 or less runs the label alone.
     A label is the only text token. The transformer's channels are those of the image; its patches have any size.
+
+    controlnet: reads `control_image`, which has the channels of an image; None without.
     """
 
-    component_types = MappingProxyType({"scheduler": SchedulerMixin, "transformer": SanaTransformer2DModel})
+    component_types = MappingProxyType(
+        {"scheduler": SchedulerMixin, "transformer": SanaTransformer2DModel, "controlnet": SanaControlNetModel}
+    )
     label_widths = ("caption_channels",)
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
     default_guidance = 4.5
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        transformer: SanaTransformer2DModel,
+        num_classes: int = 10,
+        sample_size: int = 8,
+        controlnet: SanaControlNetModel | None = None,
+    ):
+        super().__init__(scheduler, transformer, num_classes, sample_size)
+        self.register_modules(controlnet=controlnet)
+        check_controlnet(controlnet, transformer)
 
     @property
     def default_steps(self) -> int:

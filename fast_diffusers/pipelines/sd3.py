@@ -16,11 +16,11 @@ from fast_diffusers.conditioning import Cond
 from fast_diffusers.errors import UserError
 from fast_diffusers.models import AutoencoderKL, SD3Transformer2DModel
 from fast_diffusers.pipelines.base import Callback, Pipeline, as_prompts, encode_distinct
+from fast_diffusers.pipelines.image_input import ImageInput
 from fast_diffusers.pipelines.kl_latents import KLLatents
 from fast_diffusers.pipelines.prompts import PromptMethods, Shapes
 from fast_diffusers.random import AnyGenerator
-from fast_diffusers.text_encoders import CLIPTokenizer, T5EncoderModel, T5Tokenizer
-from fast_diffusers.text_encoders.clip_projection import CLIPTextModelWithProjection
+from fast_diffusers.text_encoders import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 
 class StableDiffusion3Pipeline(KLLatents, PromptMethods, Pipeline):
@@ -137,6 +137,8 @@ class StableDiffusion3Pipeline(KLLatents, PromptMethods, Pipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 256,
         timesteps: Sequence[float] | None = None,
+        image: ImageInput | None = None,
+        strength: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images; arguments as in `SanaPipeline`, where nothing else is said.
 
@@ -148,6 +150,7 @@ class StableDiffusion3Pipeline(KLLatents, PromptMethods, Pipeline):
             prompt_embeds, pooled_prompt_embeds: embeddings [N, T, D] and [N, P] instead of prompts.
             clip_skip: how many more of CLIP's last layers to leave out than the last one.
             max_sequence_length: number of T5 tokens.
+            image, strength: where to begin instead of noise, see `FluxPipeline`.
         """
         embeds = self._given(prompt_embeds, pooled_prompt_embeds)
         null = self._given(negative_prompt_embeds, negative_pooled_prompt_embeds, prefix="negative_")
@@ -182,6 +185,8 @@ class StableDiffusion3Pipeline(KLLatents, PromptMethods, Pipeline):
             joint_attention_kwargs=joint_attention_kwargs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            image=image,
+            strength=strength,
         )
 
     @paddle.no_grad()

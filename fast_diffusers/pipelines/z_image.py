@@ -14,6 +14,7 @@ from ppdiffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from fast_diffusers.conditioning import Cond
 from fast_diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from fast_diffusers.pipelines.base import Callback, Pipeline, as_prompts, encode_distinct
+from fast_diffusers.pipelines.image_input import ImageInput
 from fast_diffusers.pipelines.kl_latents import KLLatents
 from fast_diffusers.pipelines.prompts import PromptMethods, Shapes
 from fast_diffusers.random import AnyGenerator
@@ -102,6 +103,8 @@ class ZImagePipeline(KLLatents, PromptMethods, Pipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
         timesteps: Sequence[float] | None = None,
+        image: ImageInput | None = None,
+        strength: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images; arguments as in `SanaPipeline`, where nothing else is said.
 
@@ -114,6 +117,7 @@ class ZImagePipeline(KLLatents, PromptMethods, Pipeline):
             latents: initial noise [B, C, height / 8, width / 8] instead of drawing it.
             prompt_embeds, prompt_embeds_mask: embeddings [N, T, D] and mask [N, T] instead of prompts.
             max_sequence_length: number of text tokens at most.
+            image, strength: where to begin instead of noise, see `FluxPipeline`.
         """
         embeds = self._given(prompt_embeds, prompt_embeds_mask)
         null = self._given(negative_prompt_embeds, negative_prompt_embeds_mask, prefix="negative_")
@@ -142,6 +146,8 @@ class ZImagePipeline(KLLatents, PromptMethods, Pipeline):
             joint_attention_kwargs=joint_attention_kwargs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            image=image,
+            strength=strength,
         )
 
     @paddle.no_grad()

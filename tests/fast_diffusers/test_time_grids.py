@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fast_diffusers.time_grids import PhaseGrid, dynamic_shift_mu, shift_sigma
+from fast_diffusers.time_grids import PhaseGrid, dynamic_shift_mu, shift_sigma, stretch_to_terminal
 
 
 @pytest.mark.parametrize(("tokens", "mu"), [(256, 0.5), (4096, 1.15), (1024, 0.63), (16, 0.459375)])
@@ -30,6 +30,18 @@ def test_shift_keeps_the_ends_and_is_the_published_formula(mu):
 def test_constant_shift_is_the_log_of_it():
     t = np.linspace(0, 1, 11)
     np.testing.assert_allclose(shift_sigma(t, math.log(3.0)), 3 * t / (1 + 2 * t), rtol=1e-14)
+
+
+@given(st.integers(2, 30), st.floats(-1, 2), st.floats(0.001, 0.9))
+def test_stretching_ends_at_the_terminal_level_and_keeps_the_rest_in_proportion(steps, mu, terminal):
+    levels = shift_sigma(np.arange(steps, 0, -1) / steps, mu)
+    stretched = stretch_to_terminal(levels, terminal)
+    assert stretched[0] == 1 and stretched[-1] == pytest.approx(terminal) and np.all(np.diff(stretched) < 0)
+    np.testing.assert_allclose((1 - stretched) / (1 - terminal), (1 - levels) / (1 - levels[-1]), atol=1e-12)
+
+
+def test_noise_alone_is_not_stretched():
+    assert stretch_to_terminal(np.ones(1), 0.02).tolist() == [1]
 
 
 def test_published_grid_at_1024_pixels():

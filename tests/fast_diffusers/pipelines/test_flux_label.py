@@ -69,6 +69,7 @@ def test_components(digits):
         (dict(prompt=7), "prompt must be a string or a non-empty list of strings, got 7"),
         (dict(height=7), "height must be a positive multiple of 2, got 7"),
         (dict(num_inference_steps=0), "num_inference_steps must be a positive integer, got 0"),
+        (dict(control_image=np.zeros([8, 8, 1])), "FluxLabelPipeline has no ControlNet that could read control_image"),
     ],
 )
 def test_bad_arguments(digits, options, message):

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from fast_diffusers.errors import UserError
-from fast_diffusers.pipelines.image_input import image_tensor
+from fast_diffusers.pipelines.image_input import image_size, image_tensor
 
 PIXELS = np.random.default_rng(0).integers(0, 256, [2, 4, 6, 3], dtype=np.uint8)
 TRUTH = PIXELS.transpose(0, 3, 1, 2).astype(np.float64) / 127.5 - 1
@@ -36,6 +36,33 @@ def test_one_image():
 def test_pil_images_are_made_rgb_and_resized():
     gray = Image.new("L", (50, 30), 255)
     np.testing.assert_array_equal(image_tensor(gray, 4, 6), np.ones([1, 3, 4, 6]))
+
+
+def test_gray_images():
+    gray = PIXELS[..., :1]
+    for images in (gray, [Image.fromarray(each[..., 0]) for each in gray], paddle.to_tensor(TRUTH[:, :1])):
+        np.testing.assert_allclose(image_tensor(images, 4, 6, channels=1), TRUTH[:, :1], atol=1e-6)
+    with pytest.raises(UserError, match=r"image must have shape \[4, 6, 1\], got \[4, 6, 3\]"):
+        image_tensor(PIXELS, 4, 6, channels=1)
+
+
+@pytest.mark.parametrize(
+    "images, size",
+    [
+        (Image.new("L", (6, 4)), (4, 6)),
+        ([Image.new("L", (6, 4)), Image.new("L", (9, 9))], (4, 6)),
+        (PIXELS, (4, 6)),
+        (PIXELS[0], (4, 6)),
+        (list(PIXELS), (4, 6)),
+        (paddle.to_tensor(TRUTH), (4, 6)),
+        ([], None),
+        ("image.png", None),
+        (PIXELS[0, 0], None),
+        (paddle.to_tensor(TRUTH[0]), None),
+    ],
+)
+def test_size_of_the_first_image(images, size):
+    assert image_size(images) == size
 
 
 @pytest.mark.parametrize(

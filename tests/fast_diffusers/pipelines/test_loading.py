@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fast_diffusers.errors import UserError
-from fast_diffusers.pipelines import FluxLabelPipeline, FluxPipeline, Pipeline
+from fast_diffusers.pipelines import FluxImg2ImgPipeline, FluxLabelPipeline, FluxPipeline, Pipeline
 from fast_diffusers.random import Generator
 from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler, PhasedConsistencyScheduler
 
@@ -60,26 +60,43 @@ def test_round_trip_is_exact(pipe, layout, tmp_path):
     assert np.isfinite(images).all() and images.std() > 0
 
 
-def test_same_image_as_pytorch_diffusers(tmp_path):
+@pytest.fixture
+def of_diffusers(tmp_path):
     """A whole pipeline saved by diffusers (tests/assets/make_flux_pipeline_golden.py), weights in float16."""
-    shutil.copytree(ASSETS / "flux_pipeline", tmp_path, dirs_exist_ok=True)
+    folder = shutil.copytree(ASSETS / "flux_pipeline", tmp_path / "of_diffusers")
     text = ASSETS / "text_encoders"
     for number, source in [("", "clip"), ("_2", "t5")]:
-        shutil.copytree(text / source, tmp_path / f"text_encoder{number}")
-        shutil.copytree(text / source / "tokenizer_json", tmp_path / f"tokenizer{number}")
-    golden = load_file(tmp_path / "output.safetensors")
-    images = FluxPipeline.from_pretrained(tmp_path)(
+        shutil.copytree(text / source, folder / f"text_encoder{number}")
+        shutil.copytree(text / source / "tokenizer_json", folder / f"tokenizer{number}")
+    return folder
+
+
+def same_as_golden(pipe, folder, name, **options):
+    """Whether the pipeline makes the images of a golden file."""
+    golden = load_file(folder / name)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
         ["a cat, isn't it?", "a café in Zürich, ﬁlm grain"],
-        height=32,
-        width=48,
-        num_inference_steps=4,
         guidance_scale=3.0,
         max_sequence_length=32,
-        latents=paddle.to_tensor(golden["latents"]),
+        latents=paddle.to_tensor(load_file(folder / "output.safetensors")["latents"]),
         output_type="pd",
+        **options,
     ).images
-    assert golden["images"].std() > 0.1
-    assert np.abs(images.numpy() - golden["images"]).max() < 1e-5
+    return golden["images"].std() > 0.1 and np.abs(images.numpy() - golden["images"]).max() < 1e-5
+
+
+def test_same_image_as_pytorch_diffusers(of_diffusers):
+    pipe = FluxPipeline.from_pretrained(of_diffusers)
+    assert same_as_golden(pipe, of_diffusers, "output.safetensors", height=32, width=48, num_inference_steps=4)
+
+
+@pytest.mark.parametrize("cls", [FluxPipeline, FluxImg2ImgPipeline])
+def test_same_change_of_an_image_as_pytorch_diffusers(of_diffusers, cls):
+    """tests/assets/make_flux_img2img_golden.py: half of five steps is three, with the shift of the image's size."""
+    image = load_file(of_diffusers / "img2img.safetensors")["picture"]
+    options = dict(image=image, strength=0.5, num_inference_steps=5)
+    assert same_as_golden(cls.from_pretrained(of_diffusers), of_diffusers, "img2img.safetensors", **options)
 
 
 def test_diffusers_layout_names_the_pytorch_classes(saved):

@@ -8,85 +8,14 @@ import paddle
 import pytest
 
 from fast_diffusers.errors import UserError
-from fast_diffusers.models import (
-    AutoencoderKL,
-    AutoencoderKLQwenImage,
-    QwenImageTransformer2DModel,
-    ZImageTransformer2DModel,
-)
-from fast_diffusers.pipelines import Pipeline, QwenImagePipeline, ZImagePipeline
+from fast_diffusers.pipelines import Pipeline, QwenImagePipeline
 from fast_diffusers.pipelines import qwen_image as qwen_module
 from fast_diffusers.pipelines import z_image as z_module
 from fast_diffusers.random import Generator, randn
 from fast_diffusers.samplers import euler
-from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler, UnifiedScheduler
-from fast_diffusers.text_encoders import Qwen2_5_VLTextModel, Qwen2Tokenizer, Qwen3Model
+from fast_diffusers.schedulers import UnifiedScheduler
 
 PROMPTS = ["a cat", "an oil painting of three horses"]
-DECODER = dict(
-    vocab_size=500,
-    hidden_size=24,
-    intermediate_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
-
-
-def moved(model, seed, scale=0.1):
-    """The model with no weight at zero."""
-    paddle.seed(seed)
-    with paddle.no_grad():
-        for weight in model.parameters():
-            weight.set_value(weight + scale * paddle.randn(weight.shape))
-    model.eval()
-    return model
-
-
-def qwen_transformer():
-    sizes = dict(num_layers=2, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6))
-    return QwenImageTransformer2DModel(**sizes, in_channels=16, out_channels=4, joint_attention_dim=24)
-
-
-def qwen_vae():
-    return AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=(1, 1, 1),
-        num_res_blocks=1,
-        temperal_downsample=(False, True),
-        latents_mean=(0.1, -0.2, 0.3, 0.0),
-        latents_std=(1.1, 0.9, 1.2, 1.0),
-    )
-
-
-def z_transformer():
-    return ZImageTransformer2DModel(
-        in_channels=4,
-        dim=48,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=3,
-        n_kv_heads=3,
-        cap_feat_dim=24,
-        axes_dims=(4, 6, 6),
-        axes_lens=(256, 64, 64),
-    )
-
-
-def z_vae():
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(4, 4, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
 
 
 def quiet(pipe):
@@ -96,39 +25,6 @@ def quiet(pipe):
 
 def rebuilt(pipe, **parts):
     return quiet(type(pipe)(**pipe.components | parts))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(text_assets):
-    return Qwen2Tokenizer.from_pretrained(text_assets / "qwen3" / "tokenizer_json")
-
-
-@pytest.fixture(scope="module")
-def qwen(tokenizer):
-    """Shared by the module's tests, which leave it as it was."""
-    return quiet(
-        QwenImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9),
-            vae=moved(qwen_vae(), 1),
-            text_encoder=moved(Qwen2_5_VLTextModel(**DECODER), 2, 0.3),
-            tokenizer=tokenizer,
-            transformer=moved(qwen_transformer(), 3),
-        )
-    )
-
-
-@pytest.fixture(scope="module")
-def z(tokenizer):
-    """Likewise."""
-    return quiet(
-        ZImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=moved(z_vae(), 1),
-            text_encoder=moved(Qwen3Model(**DECODER, head_dim=8), 2, 0.3),
-            tokenizer=tokenizer,
-            transformer=moved(z_transformer(), 3),
-        )
-    )
 
 
 @pytest.fixture(params=["qwen", "z"])
@@ -309,6 +205,12 @@ def test_qwen_leaves_padding_out(qwen, monkeypatch):
     images = generate(qwen, PROMPTS)
     assert lengths == [longest] * 2 and 1 < longest < 60
     assert same(images, generate(qwen, PROMPTS, max_sequence_length=longest))
+
+
+def test_wrong_attention_arguments_are_called_by_their_name(qwen, z):
+    for pipe, name in ((qwen, "attention_kwargs"), (z, "joint_attention_kwargs")):
+        with pytest.raises(UserError, match=rf"^{name} takes only 'scale', that of the LoRA, not \['adapter'\]"):
+            generate(pipe, **{name: {"adapter": 1}})
 
 
 def test_qwen_without_a_negative_prompt_is_not_guided(qwen):

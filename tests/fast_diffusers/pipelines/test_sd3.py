@@ -6,64 +6,13 @@ import pytest
 from ppdiffusers.models.transformer_sd3 import SD3Transformer2DModel as PPDiffusersTransformer
 
 from fast_diffusers.errors import UserError
-from fast_diffusers.models import AutoencoderKL, SD3Transformer2DModel
 from fast_diffusers.pipelines import Pipeline, StableDiffusion3Pipeline
 from fast_diffusers.random import Generator, randn
 from fast_diffusers.samplers import euler
-from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler, UnifiedScheduler
-from fast_diffusers.text_encoders import CLIPTokenizer, T5EncoderModel, T5Tokenizer
-from fast_diffusers.text_encoders.clip_projection import CLIPTextModelWithProjection
+from fast_diffusers.schedulers import UnifiedScheduler
 
 PROMPTS = ["a cat", "an oil painting of three horses"]
 T5_PARTS = ("text_encoder_3", "tokenizer_3")
-CONFIG = dict(
-    sample_size=8,
-    patch_size=2,
-    in_channels=4,
-    out_channels=4,
-    num_layers=2,
-    attention_head_dim=8,
-    num_attention_heads=4,
-    joint_attention_dim=32,
-    caption_projection_dim=32,
-    pooled_projection_dim=24,
-    pos_embed_max_size=12,
-)
-
-
-def moved(model, seed, scale=0.1):
-    """The model with no weight at zero."""
-    paddle.seed(seed)
-    with paddle.no_grad():
-        for weight in model.parameters():
-            weight.set_value(weight + scale * paddle.randn(weight.shape))
-    model.eval()
-    return model
-
-
-def transformer():
-    return SD3Transformer2DModel(**CONFIG)
-
-
-def autoencoder():
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(4, 4, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def clip(width, activation, seed):
-    sizes = dict(hidden_size=width, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
-    special = dict(vocab_size=726, bos_token_id=724, eos_token_id=725)
-    return moved(CLIPTextModelWithProjection(**sizes, **special, hidden_act=activation, projection_dim=12), seed, 0.3)
 
 
 def quiet(pipe):
@@ -73,29 +22,6 @@ def quiet(pipe):
 
 def rebuilt(pipe, **parts):
     return quiet(type(pipe)(**pipe.components | parts))
-
-
-@pytest.fixture(scope="module")
-def sd3(text_assets):
-    """Shared by the module's tests, which leave it as it was."""
-    t5 = T5EncoderModel.from_pretrained(text_assets / "t5").config
-    return quiet(
-        StableDiffusion3Pipeline(
-            transformer=moved(transformer(), 1),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=moved(autoencoder(), 2),
-            text_encoder=clip(8, "quick_gelu", 3),
-            tokenizer=CLIPTokenizer.from_pretrained(text_assets / "clip" / "tokenizer"),
-            text_encoder_2=clip(16, "gelu", 4),
-            tokenizer_2=CLIPTokenizer.from_pretrained(text_assets / "clip" / "tokenizer_json"),
-            text_encoder_3=moved(
-                T5EncoderModel(vocab_size=t5.vocab_size, d_model=32, d_kv=8, d_ff=16, num_layers=2, num_heads=2),
-                5,
-                0.3,
-            ),
-            tokenizer_3=T5Tokenizer.from_pretrained(text_assets / "t5" / "tokenizer"),
-        )
-    )
 
 
 def generate(pipe, prompt="a cat", seed=0, **options):
@@ -212,8 +138,8 @@ def test_schedulers_are_swappable(sd3):
     assert not same(generate(pipe, num_inference_steps=3), generate(sd3, num_inference_steps=3), 1e-4)
 
 
-def test_runs_the_transformer_of_ppdiffusers(sd3, tmp_path):
-    theirs = PPDiffusersTransformer(**CONFIG)
+def test_runs_the_transformer_of_ppdiffusers(sd3, sd3_config, tmp_path):
+    theirs = PPDiffusersTransformer(**sd3_config)
     for name, weight in sd3.transformer.state_dict().items():
         theirs.state_dict()[name].set_value(weight)
     theirs.eval()

@@ -7,7 +7,7 @@ import pytest
 from fast_diffusers.random import Generator, randn
 from fast_diffusers.samplers import euler, phased, unified
 from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler, PhasedConsistencyScheduler, UnifiedScheduler
-from fast_diffusers.time_grids import PhaseGrid, dynamic_shift_mu
+from fast_diffusers.time_grids import PhaseGrid, dynamic_shift_mu, scheduler_mu
 
 SHAPE = [2, 3, 4, 4]
 SHIFTING = [FlowMatchEulerDiscreteScheduler, PhasedConsistencyScheduler]
@@ -24,6 +24,20 @@ FLUX_DEV = {
     "use_dynamic_shifting": True,
 }
 FLUX_SCHNELL = {**FLUX_DEV, "shift": 1.0, "use_dynamic_shifting": False}
+QWEN_IMAGE = {
+    **FLUX_DEV,
+    "_diffusers_version": "0.34.0.dev0",
+    "invert_sigmas": False,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "shift": 1.0,
+    "shift_terminal": 0.02,
+    "stochastic_sampling": False,
+    "time_shift_type": "exponential",
+    "use_beta_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
 
 
 def run(scheduler, velocity, x, generator=None):
@@ -46,6 +60,83 @@ def test_reads_diffusers_configuration_files(cls, config, levels, tmp_path):
     np.testing.assert_allclose(scheduler.sigmas.numpy(), levels, atol=5e-5)
     np.testing.assert_allclose(scheduler.timesteps.numpy(), 1000 * np.array(levels[:-1]), atol=0.05)
     assert scheduler.num_inference_steps == 4 and len(scheduler) == 1000
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "steps", "levels"),
+    [
+        (4096, 4, [1.0, 0.766709328, 0.455613732, 0.0199999809, 0.0]),
+        (
+            6889,
+            8,
+            [1.0, 0.9239344, 0.835335791, 0.730828762, 0.605705559, 0.453198612, 0.263213515, 0.0199999809, 0.0],
+        ),
+        (256, 2, [1.0, 0.0199999809, 0.0]),
+    ],
+)
+def test_last_level_is_the_terminal_one(num_tokens, steps, levels, tmp_path):
+    """What diffusers 0.42's scheduler answers to Qwen-Image's configuration, and the pipeline's sigmas and mu."""
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(QWEN_IMAGE))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(str(tmp_path))
+    scheduler.set_timesteps(steps, mu=scheduler_mu(scheduler.config, num_tokens))
+    np.testing.assert_allclose(scheduler.sigmas.numpy(), levels, atol=3e-7)
+    np.testing.assert_allclose(scheduler.timesteps.numpy(), 1000 * np.array(levels[:-1]), atol=3e-4)
+
+
+def test_terminal_level_of_given_sigmas():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.1)
+    scheduler.set_timesteps(sigmas=[0.9, 0.5, 0.2])
+    np.testing.assert_allclose(scheduler.sigmas.numpy(), [0.943749905, 0.606249988, 0.100000024, 0], atol=3e-7)
+
+
+def test_a_single_step_begins_at_noise_whatever_the_terminal_level():
+    """diffusers divides by zero there."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(QWEN_IMAGE)
+    scheduler.set_timesteps(1, mu=0.7)
+    assert scheduler.sigmas.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("terminal", [None, 0, 0.0])
+def test_no_terminal_level(terminal):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=terminal)
+    scheduler.set_timesteps(4)
+    assert scheduler.sigmas.tolist() == [1, 0.75, 0.5, 0.25, 0]
+
+
+@pytest.mark.parametrize("terminal", [1.0, -0.1, 2, float("nan")])
+def test_bad_terminal_level(terminal):
+    with pytest.raises(ValueError, match=r"shift_terminal must lie in \[0, 1\), got"):
+        FlowMatchEulerDiscreteScheduler(shift_terminal=terminal)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("invert_sigmas", True),
+        ("stochastic_sampling", True),
+        ("time_shift_type", "linear"),
+        ("use_beta_sigmas", True),
+        ("use_exponential_sigmas", True),
+        ("use_karras_sigmas", True),
+    ],
+)
+def test_settings_that_are_not_supported_are_not_ignored(name, value):
+    with pytest.raises(ValueError, match=f"^FlowMatchEulerDiscreteScheduler supports {name} = .* only, this one has"):
+        FlowMatchEulerDiscreteScheduler.from_config({**QWEN_IMAGE, name: value})
+    with pytest.raises(ValueError, match=f"supports {name} = "):
+        FlowMatchEulerDiscreteScheduler.from_config(QWEN_IMAGE, **{name: value})
+    assert FlowMatchEulerDiscreteScheduler.from_config({**QWEN_IMAGE, name: None}).config.shift_terminal == 0.02
+
+
+def test_terminal_level_survives_swapping_and_saving(tmp_path):
+    flux = FlowMatchEulerDiscreteScheduler.from_config(QWEN_IMAGE)
+    phases = PhasedConsistencyScheduler.from_config(flux.config)
+    phases.set_timesteps(4, mu=0.7)
+    assert float(phases.sigmas[3]) > 0.3, "the phases are those of the training"
+    again = FlowMatchEulerDiscreteScheduler.from_config(phases.config)
+    again.save_config(str(tmp_path), to_diffusers=True)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert saved["shift_terminal"] == 0.02 and saved["max_image_seq_len"] == 8192
 
 
 def test_constant_shift():
