@@ -15,7 +15,7 @@ from distill.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig,
 from distill.discriminators import LaddDiscriminator
 from distill.draws import Draws
 from distill.log_variance import LogVariance
-from distill.objectives import trigflow_adversarial, trigflow_consistency
+from distill.objectives import trigflow_adversarial, trigflow_consistency, trigflow_regression
 from distill.optim import EMA, make_optimizer
 from distill.recipe import entry, number
 from distill.roles import AdapterRole, Roles
@@ -45,10 +45,14 @@ class StudentConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class SprintConfig:
-    """The objective: scm_weight · L_sCM + adversarial_weight · L_LADD; a weight of 0 leaves a term out."""
+    """The objective: scm_weight · L_sCM + adversarial_weight · L_LADD; a weight of 0 leaves a term out.
+
+    A ControlNet can have a third one, see `distill.objectives.trigflow_regression`.
+    """
 
     scm_weight: float = number(1.0, minimum=0, doc="of continuous-time consistency")
     adversarial_weight: float = number(0.5, minimum=0, doc="of the discriminator's opinion; 0: no discriminator")
+    regression_weight: float = number(0.0, minimum=0, doc="of a ControlNet's squared error; blurs what is left open")
     sigma_data: float = number(0.5, above=0, doc="standard deviation of latents in TrigFlow's units")
     tau_mean: float = number(
         0.2, doc="of the normal variable whose tangent is exp(τ) / sigma_data: the student's times"
@@ -62,14 +66,14 @@ class SprintConfig:
     derivative: Literal["exact", "finite_difference"] = entry("exact", doc="how the student's tangent is computed")
     log_variance_rate: float = number(1.0, minimum=0, doc="factor on the learning rate of the learned weighting")
     taps: tuple[int, ...] | None = entry(None, doc="blocks whose features the heads see; null: all")
-    max_time_probability: float = number(0.5, minimum=0, maximum=1, doc="of the adversarial student at pure noise")
+    max_time_probability: float = number(0.5, minimum=0, maximum=1, doc="of one-step samples from pure noise")
     renoise_mean: float = number(-0.6, doc="as tau_mean, of what the heads see")
     renoise_std: float = number(1.0, above=0, doc="of it")
     misaligned: bool = entry(True, doc="real images with other prompts are fake, too")
 
     def __post_init__(self) -> None:
-        if self.scm_weight == self.adversarial_weight == 0:
-            raise ValueError("scm_weight and adversarial_weight are both 0: nothing is left to learn from")
+        if self.scm_weight == self.adversarial_weight == self.regression_weight == 0:
+            raise ValueError("scm_weight, adversarial_weight and regression_weight are 0: there is nothing to learn")
         for name in ("guidance_scales", "taps"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} is an empty list: give null or at least one")
@@ -178,6 +182,8 @@ class SanaSprint:
         """
         self.settings = s = recipe.objective
         seed = recipe.trainer.seed
+        if s.regression_weight > 0 and recipe.model.train != "controlnet":
+            raise UserError("objective.regression_weight would teach mean images: it is for model.train=controlnet")
         lora.freeze(pipe.transformer)
         self.student = student = STUDENTS[recipe.model.train](recipe, pipe)
         self.log_variance = LogVariance(num_elements(pipe, recipe.data)) if s.scm_weight > 0 else None
@@ -241,6 +247,11 @@ class SanaSprint:
         if s.adversarial_weight > 0:
             with frozen(self.discriminator):
                 terms.append((s.adversarial_weight, trigflow_adversarial(*given, **self._adversarial_settings())))
+        if s.regression_weight > 0:
+            regression = trigflow_regression(
+                *given, max_time_probability=s.max_time_probability, **self._shared_settings()
+            )
+            terms.append((s.regression_weight, regression))
         metrics = {name: value for _, (_, parts) in terms for name, value in parts.items()}
         return sum(weight * loss for weight, (loss, _) in terms), metrics
 

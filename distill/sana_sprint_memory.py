@@ -201,7 +201,7 @@ def run_of(recipe: Recipe) -> tuple[Run, ModelSizes]:
         targets=recipe.lora.targets,
         taps=(len(s.taps) if s.taps else blocks) if s.adversarial_weight > 0 else 0,
         heads="ladd",
-        student_passes=(s.scm_weight > 0) + (s.adversarial_weight > 0),
+        student_passes=(s.scm_weight > 0) + (s.adversarial_weight > 0) + (s.regression_weight > 0),
         ema=trainer.ema_decay is not None,
         checkpointing=trainer.gradient_checkpointing,
         optimizer=recipe.student_optimizer,

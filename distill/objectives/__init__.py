@@ -11,6 +11,7 @@ from distill.objectives.rcgm import rcgm
 from distill.objectives.reflow import reflow
 from distill.objectives.trigflow_adversarial import trigflow_adversarial
 from distill.objectives.trigflow_consistency import trigflow_consistency
+from distill.objectives.trigflow_regression import trigflow_regression
 from distill.objectives.twinflow import twinflow
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "reflow",
     "trigflow_adversarial",
     "trigflow_consistency",
+    "trigflow_regression",
     "twinflow",
 ]

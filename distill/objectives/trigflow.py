@@ -1,6 +1,6 @@
 """What the objectives of SANA-Sprint (arXiv 2503.09641) share: random angles, and guidance told or folded in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import paddle
 from distill.draws import Draws
 from distill.objectives.phases import Batch, lookup
 from fast_diffusers.denoisers import ClassifierFree
+from fast_diffusers.transports import LinearPath, flow_time
 
 TeacherGuidance = Literal["cfg", "embedded"]
 
@@ -23,6 +24,35 @@ def draw_angle(
     """t = arctan(e^τ / sigma_data) < pi/2 with τ ~ N(mean, std²), [rows]. Draw: `name`."""
     tau = draws.normal(name, [rows]).astype(dtype)
     return paddle.atan((paddle.exp(mean + std * tau) / sigma_data).clip(max=STEEPEST))
+
+
+def one_step_sample(
+    student: Any,
+    x0: paddle.Tensor,
+    cond: Mapping[str, paddle.Tensor],
+    guidance: paddle.Tensor | None,
+    draws: Draws,
+    prefix: str,
+    *,
+    max_time_probability: float,
+    sigma_data: float,
+    tau_mean: float,
+    tau_std: float,
+) -> paddle.Tensor:
+    """The student's one-step samples of the noisy data, x − s·v [B, C, H, W], which is TrigFlow's cos t·x_t − sin t·F.
+
+    Rows are at pure noise, t = pi/2, with that probability, else at an angle of `draw_angle`. Draws: `max_time`, `tau`
+    and `noise`, after `prefix` and a dot. ValueError for what is not a probability.
+    """
+    if not 0 <= max_time_probability <= 1:
+        raise ValueError(f"max_time_probability must lie in [0, 1], got {max_time_probability}")
+    rows, dtype = x0.shape[0], x0.dtype
+    at_noise = draws.uniform(f"{prefix}.max_time", [rows]) < max_time_probability
+    t = flow_time(draw_angle(draws, f"{prefix}.tau", rows, tau_mean, tau_std, sigma_data, dtype))
+    t = paddle.where(at_noise, paddle.ones_like(t), t)
+    noisy = LinearPath.interpolate(x0, draws.normal(f"{prefix}.noise", x0.shape).astype(dtype), t)
+    velocity = student(noisy, t, cond, target_t=paddle.zeros_like(t), guidance=guidance)
+    return LinearPath.x0_from_velocity(noisy, velocity.astype(dtype), t)
 
 
 @dataclass(frozen=True)

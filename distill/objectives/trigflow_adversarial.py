@@ -8,7 +8,7 @@ import paddle
 from distill.draws import Draws
 from distill.objectives.adversarial import discriminator_loss, generator_loss
 from distill.objectives.phases import Batch
-from distill.objectives.trigflow import TeacherGuidance, draw_angle, draw_guidance
+from distill.objectives.trigflow import TeacherGuidance, draw_angle, draw_guidance, one_step_sample
 from fast_diffusers.conditioning import Cond
 from fast_diffusers.models.layers import at_least_float32
 from fast_diffusers.transports import LinearPath, flow_time
@@ -61,8 +61,6 @@ def trigflow_adversarial(
     """
     if side not in ("generator", "discriminator"):
         raise ValueError(f"side is 'generator' or 'discriminator', not {side!r}")
-    if not 0 <= max_time_probability <= 1:
-        raise ValueError(f"max_time_probability must lie in [0, 1], got {max_time_probability}")
     x0, cond = at_least_float32(batch["latents"]), batch["cond"]
     rows, dtype = x0.shape[0], x0.dtype
     guided = draw_guidance(roles, batch, draws, guidance_scales, teacher_guidance, dtype)
@@ -74,12 +72,18 @@ def trigflow_adversarial(
         return draws.normal(name, x0.shape).astype(dtype)
 
     def sample() -> paddle.Tensor:
-        at_noise = draws.uniform("adv.max_time", [rows]) < max_time_probability
-        t = time("adv.tau", tau_mean, tau_std)
-        t = paddle.where(at_noise, paddle.ones_like(t), t)
-        noisy = LinearPath.interpolate(x0, noise("adv.noise"), t)
-        velocity = roles.student(noisy, t, cond, target_t=paddle.zeros_like(t), guidance=guided.student)
-        return LinearPath.x0_from_velocity(noisy, velocity.astype(dtype), t)
+        return one_step_sample(
+            roles.student,
+            x0,
+            cond,
+            guided.student,
+            draws,
+            "adv",
+            max_time_probability=max_time_probability,
+            sigma_data=sigma_data,
+            tau_mean=tau_mean,
+            tau_std=tau_std,
+        )
 
     if side == "generator":
         t = time("adv.renoise_tau", renoise_mean, renoise_std)

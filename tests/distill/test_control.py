@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from distill.config import DataConfig
-from distill.control import ControlEncoder, edge_map
+from distill.control import ControlEncoder, agreement, edge_map
 from fast_diffusers.pipelines.shipped import open_pipeline
 
 
@@ -27,6 +27,29 @@ def sobel(images):
     x, kernel = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge"), np.outer([1, 2, 1], [-1, 0, 1])
     windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(2, 3))
     return (windows * kernel).sum((-1, -2)), (windows * kernel.T).sum((-1, -2))
+
+
+def test_agreement_is_that_of_the_edges():
+    images = np.random.default_rng(0).uniform(-1, 1, [6, 1, 8, 8]).astype(np.float32)
+    controls = edge_map(images)
+    assert agreement(images, controls) == {"correlation": pytest.approx(1), "overlap": pytest.approx(1), "found": 1}
+    assert agreement(-images, controls)["correlation"] == pytest.approx(1)  # edges have no sign
+    others = agreement(images, np.roll(controls, 1, 0))
+    pairs = list(zip(controls.astype(np.float64) + 1, np.roll(controls, 1, 0).astype(np.float64) + 1, strict=True))
+    truth = np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs])
+    assert others["correlation"] == pytest.approx(truth, rel=1e-4)
+    assert others["overlap"] == pytest.approx(np.mean([np.minimum(*p).sum() / np.maximum(*p).sum() for p in pairs]))
+    assert others["found"] == 0
+    half = agreement(np.concatenate([images[:3], images[:3]]), controls)
+    assert half["found"] == 0.5 and half["correlation"] < 1
+
+
+def test_images_without_edges_agree_with_nothing():
+    images = np.random.default_rng(0).uniform(-1, 1, [2, 1, 8, 8]).astype(np.float32)
+    flat = np.zeros_like(images)
+    found = agreement(flat, edge_map(images))
+    assert found["correlation"] == found["overlap"] == 0
+    assert agreement(flat, edge_map(flat)) == {"correlation": 0, "overlap": 0, "found": 1}
 
 
 @pytest.mark.parametrize("prompts", [["3", "1", "3"], ["no digit", "3"]])

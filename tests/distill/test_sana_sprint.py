@@ -69,9 +69,17 @@ def tiny_sana(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_sprint(tmp_path_factory):
+    """Folder of a random student."""
+    folder = tmp_path_factory.mktemp("sprint")
+    sana_pipeline(guidance_embeds=True, timestep_scale=1.0).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def teachers(tiny_sana, tiny_teacher):
-    return {"sana": tiny_sana, "flux": tiny_teacher}
+def teachers(tiny_sana, tiny_sprint, tiny_teacher):
+    return {"sana": tiny_sana, "sprint": tiny_sprint, "flux": tiny_teacher}
 
 
 def recipe_for(teacher, output, steps=4, model=None, objective=None, optimizer=None, **trainer):
@@ -324,18 +332,13 @@ def test_a_loss_that_is_not_finite_is_skipped_and_three_stop(tiny_sana, tmp_path
 
 
 # ---------------------------------------------------------------------------------------------- ControlNet
-@pytest.fixture(scope="session")
-def tiny_sprint(tmp_path_factory):
-    """Folder of a random student."""
-    folder = tmp_path_factory.mktemp("sprint")
-    sana_pipeline(guidance_embeds=True, timestep_scale=1.0).save_pretrained(folder)
-    return folder
-
-
 CONTROL = {"train": "controlnet", "control_blocks": 1}
 
 
-@pytest.mark.parametrize("objective", [{}, {"adversarial_weight": 0}])
+REGRESSION = {"scm_weight": 0, "adversarial_weight": 0, "regression_weight": 1}
+
+
+@pytest.mark.parametrize("objective", [{}, {"adversarial_weight": 0}, {"regression_weight": 1}, REGRESSION])
 def test_a_controlnet_starts_without_effect_and_learns_alone(objective, tiny_sprint, tmp_path):
     recipe = recipe_for(tiny_sprint, tmp_path, model=CONTROL, objective=objective)
     method = method_for(recipe)
@@ -392,10 +395,10 @@ def test_controlnets_resume_exactly_and_load(tiny_sprint, tmp_path):
 def test_shipped_recipes_run(name, teachers, tmp_path):
     """On a small model and small images, for a step of each player."""
     recipe = load_recipe(Recipe, name)
-    family = "flux" if "flux" in name else "sana"
+    family = "flux" if "flux" in name else "sprint" if recipe.model.train == "controlnet" else "sana"
     small = replace(
         recipe,
-        model=replace(recipe.model, path=str(teachers[family])),
+        model=replace(recipe.model, path=str(teachers[family]), control_blocks=1),
         data=replace(recipe.data, kind="digits", path=None, height=8, width=8),
         lora=replace(recipe.lora, rank=2),
         objective=replace(recipe.objective, taps=(0, 1) if recipe.objective.taps else None),
@@ -409,7 +412,10 @@ def test_shipped_recipes_run(name, teachers, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["objective.scm_weight=0", "objective.adversarial_weight=0"], "scm_weight and adversarial_weight are both 0"),
+        (
+            ["objective.scm_weight=0", "objective.adversarial_weight=0"],
+            "adversarial_weight and regression_weight are 0",
+        ),
         (["objective.guidance_scales=[]"], "guidance_scales is an empty list"),
         (["objective.taps=[]"], "taps is an empty list"),
         (["objective.max_time_probability=2"], "objective.max_time_probability is 2; expected a number at most 1"),
@@ -433,6 +439,8 @@ def test_models_that_cannot_learn_it(tiny_teacher, tiny_sana, tiny_sprint, tmp_p
         ControlEncoder(None, 4.5, DataConfig(cache="cache"))
     with pytest.raises(UserError, match=r"objective\.taps \[0, 2\]: this model has blocks 0 to 1"):
         method_for(recipe_for(tiny_sana, tmp_path, objective={"taps": [0, 2]}))
+    with pytest.raises(UserError, match=r"objective\.regression_weight .* is for model\.train=controlnet"):
+        method_for(recipe_for(tiny_sana, tmp_path, objective={"regression_weight": 1}))
     with pytest.raises(UserError, match="told times up to 1000, and a student times up to 1: prepare it first"):
         SanaSprint(recipe_for(tiny_sana, tmp_path), sana_pipeline(timestep_scale=1.0))
 

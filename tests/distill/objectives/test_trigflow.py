@@ -9,7 +9,7 @@ import pytest
 from distill.discriminators import LaddDiscriminator
 from distill.draws import ReplayDraws, StepDraws
 from distill.log_variance import LogVariance
-from distill.objectives import trigflow_adversarial, trigflow_consistency
+from distill.objectives import trigflow_adversarial, trigflow_consistency, trigflow_regression
 from distill.objectives.trigflow import draw_angle
 from distill.roles import Roles, adapter_roles
 from distill.trainer import frozen
@@ -20,8 +20,8 @@ from fast_diffusers.models import SanaTransformer2DModel
 from fast_diffusers.pipelines.shipped import open_pipeline
 
 ROWS, SHAPE = 6, [6, 2, 3, 3]
-NOISE = "noise", "adv.noise", "adv.renoise", "disc.noise"
-TAU = "tau", "adv.tau", "adv.renoise_tau", "disc.real_tau", "disc.fake_tau"
+NOISE = "noise", "adv.noise", "adv.renoise", "disc.noise", "data.noise"
+TAU = "tau", "data.tau", "adv.tau", "adv.renoise_tau", "disc.real_tau", "disc.fake_tau"
 SCALES = np.array([4.0, 4.5, 5.0])
 
 
@@ -92,6 +92,7 @@ def draws():
     rng = np.random.default_rng(4)
     arrays = {name: rng.normal(size=SHAPE) for name in NOISE} | {name: rng.normal(size=ROWS) for name in TAU}
     arrays |= {"guidance": rng.integers(0, 3, ROWS), "adv.max_time": np.linspace(0.05, 0.95, ROWS)}
+    arrays["data.max_time"] = arrays["adv.max_time"][::-1].copy()
     return ReplayDraws(arrays)
 
 
@@ -161,15 +162,19 @@ class Restated:
         features = [[v, x * v][tap] for tap in taps]
         return np.concatenate([np.sin(2 * f + w).reshape(len(s), -1) for f, w in zip(features, theta, strict=False)], 1)
 
+    def sample(self, prefix, theta):
+        at_noise = self.draws[f"{prefix}.max_time"] < self.s.get("max_time_probability", 0.5)
+        t = np.where(at_noise, np.pi / 2, self.angle(f"{prefix}.tau"))
+        x_hat = column(np.cos(t)) * self.data + column(np.sin(t)) * self.draws[f"{prefix}.noise"]
+        return column(np.cos(t)) * x_hat - column(np.sin(t)) * self.trigflow(self.student, x_hat, t, theta)
+
+    def regression(self, theta):
+        return ((self.sample("data", theta) - self.data) ** 2).mean()
+
     def adversarial(self, side, student_theta, head_theta):
         self.s = {"renoise_mean": -0.6, "renoise_std": 1.0, **self.s}
         taps = self.s.get("taps", (0, 1))
-        t = np.where(
-            self.draws["adv.max_time"] < self.s.get("max_time_probability", 0.5), np.pi / 2, self.angle("adv.tau")
-        )
-        x_hat = column(np.cos(t)) * self.data + column(np.sin(t)) * self.draws["adv.noise"]
-        f = self.trigflow(self.student, x_hat, t, student_theta)
-        fake = column(np.cos(t)) * x_hat - column(np.sin(t)) * f
+        fake = self.sample("adv", student_theta)
         if side == "generator":
             return -self.logits(*self.seen(fake, "adv.renoise_tau", "adv.renoise"), self.level, head_theta, taps).mean()
         real, real_s = self.seen(self.data, "disc.real_tau", "disc.noise")
@@ -257,6 +262,20 @@ def test_adversarial_is_that_of_the_definition(name, side, roles, batch, draws):
     assert np.abs(numeric).max() > 1e-4
 
 
+@pytest.mark.parametrize("name", ["embedded", "unguided", "max-time", "no-max-time"])
+def test_regression_is_that_of_the_definition(name, roles, batch, draws):
+    settings, theta = ADVERSARIAL[name], roles.student.theta.numpy()
+    restated = Restated(roles, batch, draws, **settings)
+    loss, metrics = trigflow_regression(roles, batch, draws, **settings)
+    assert loss.dtype == paddle.float64
+    assert loss.item() == metrics["regression"].item() == pytest.approx(restated.regression(theta), rel=1e-9)
+    assert metrics.keys() == {"regression"} and metrics["regression"].stop_gradient
+    loss.backward()
+    numeric = slope_of(restated.regression, theta)
+    np.testing.assert_allclose(roles.student.theta.grad.numpy(), numeric, rtol=1e-5, atol=1e-9)
+    assert roles.teacher.theta.grad is None and np.abs(numeric).max() > 1e-4
+
+
 @pytest.mark.parametrize("objective", [trigflow_consistency, trigflow_adversarial])
 def test_a_student_without_guidance_learns_one_scale(objective, roles, batch, draws):
     student = Toy(0, trained=True, embeds_guidance=False)
@@ -280,6 +299,7 @@ def test_a_student_without_guidance_learns_one_scale(objective, roles, batch, dr
         (trigflow_consistency, {"log_variance": LogVariance(18)}),
         (trigflow_adversarial, {}),
         (trigflow_adversarial, {"side": "discriminator"}),
+        (trigflow_regression, {}),
     ],
 )
 def test_step_draws_are_enough(objective, settings, roles, batch):
@@ -576,6 +596,7 @@ def flux_cond(config, rows):
         (trigflow_consistency, {"guidance_scales": ()}, "guidance_scales is empty"),
         (trigflow_adversarial, {"side": "both"}, "side is 'generator' or 'discriminator', not 'both'"),
         (trigflow_adversarial, {"max_time_probability": 1.57}, r"max_time_probability must lie in \[0, 1\], got 1.57"),
+        (trigflow_regression, {"max_time_probability": -0.5}, r"max_time_probability must lie in \[0, 1\], got -0.5"),
     ],
 )
 def test_bad_settings_are_named(objective, settings, message, roles, batch):
