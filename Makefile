@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench support lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fast_diffusers.cli demo
@@ -19,6 +19,11 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/mnist_step.py
 	$(BIN)/python benchmarks/jvp.py
+	$(BIN)/python benchmarks/load_memory.py
+
+# docs/support.md, from the tests that exist.
+support: $(INSTALLED)
+	$(BIN)/python docs/make_support.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

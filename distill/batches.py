@@ -14,7 +14,7 @@ from fast_diffusers.conditioning import Cond
 from fast_diffusers.denoisers import ClassifierFree, Denoiser
 from fast_diffusers.samplers.loop import Velocity
 
-TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+TEXT_PARTS = tuple(f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
 """Components that a pipeline needs for nothing but prompts."""
 
 PATH_ARGUMENT = {"mnist": "folder", "image_folder": "dir", "laion_list": "list_file", "parquet": "paths"}

@@ -12,7 +12,8 @@ from distill.commands import SampleGrid, fit, num_tokens, run, train_parser
 from distill.parallel import World, barrier, init
 from distill.recipe import load_recipe, to_yaml
 from distill.sharding import check_recipe
-from distill.twinflow import AVERAGE, STUDENT, Recipe, TwinFlow, describe_run
+from distill.twinflow import AVERAGE, STUDENT, Recipe, TwinFlow
+from distill.twinflow_memory import describe_run
 from fast_diffusers.pipelines.shipped import open_pipeline
 from fast_diffusers.target_time import save_lora
 

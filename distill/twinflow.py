@@ -4,30 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-import paddle
-
 from distill.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainerConfig
 from distill.draws import Draws
-from distill.memory import (
-    FLOAT32,
-    Run,
-    estimate_memory,
-    flux_linears,
-    flux_parameters,
-    format_memory,
-    lora_parameters,
-    model_sizes,
-)
 from distill.objectives import rcgm, twinflow
 from distill.objectives.rcgm import AnyStep
-from distill.optim import make_optimizer, state_values
+from distill.optim import make_optimizer
 from distill.recipe import entry, number
 from distill.roles import AdapterRole, Network, Roles, adapter_network, average_into, whole_network
 from distill.samplers import SampleConfig
 from distill.trainer import Batch, Loss
 from fast_diffusers import lora
 from fast_diffusers.pipelines import Pipeline
-from fast_diffusers.target_time import EMBEDDING_INPUTS
 
 STUDENT, AVERAGE = "student", "average"
 
@@ -189,52 +176,3 @@ class TwinFlow:
 def _frozen(pipe: Pipeline) -> Pipeline:
     lora.freeze(pipe.transformer)
     return pipe
-
-
-# ---------------------------------------------------------------------------------------------- memory
-def describe_run(recipe: Recipe) -> str:
-    """Parameter counts and peak memory of a recipe on each process, as text; see `distill.memory`.
-
-    Of the passes with gradient, form whole has one for each term, and the one-step sample.
-    """
-    config, encoders, label_conditioned = model_sizes(recipe.model.path)
-    trainer, data, s = recipe.trainer, recipe.data, recipe.objective
-    edge = 2 if label_conditioned else 16
-    adapter = recipe.model.train == "lora"
-    rank = recipe.lora.rank if adapter else 0
-    whole = s.method == "twinflow" and s.form == "whole"
-    run = Run(
-        config,
-        tokens=(data.height // edge) * (data.width // edge),
-        text_tokens=1 if label_conditioned else 512,
-        batch=trainer.batch_size,
-        dtype=trainer.dtype,
-        rank=rank,
-        targets=recipe.lora.targets,
-        taps=0,
-        student_passes=1 + sum(weight > 0 for weight in asdict(s.weights).values()) if whole else 1,
-        ema=trainer.ema_decay is not None,
-        checkpointing=trainer.gradient_checkpointing,
-        optimizer=recipe.optimizer,
-        encoder_bytes=encoders["vae"] + (0 if data.cache else encoders["text"]),
-        gpu=trainer.dtype == "bfloat16" or paddle.is_compiled_with_cuda(),
-    )
-    rows, count = estimate_memory(run), flux_parameters(config)
-    embedding = EMBEDDING_INPUTS * run.channels + run.channels * (run.channels + 2)
-    counts = {"transformer": count, "trained": lora_parameters(config, rank, recipe.lora.targets) if adapter else count}
-    if recipe.model.target_time == "auxiliary":
-        counts["target-time embedding"] = embedding
-    if not adapter:
-        shapes = [shape for _, *shape in flux_linears(config)]
-        copies = (trainer.ema_decay is not None) + s.needs_teacher
-        del rows["total"], rows["adapters"]
-        rows |= {
-            "copies of the transformer": copies * FLOAT32 * count,
-            "optimiser moments": FLOAT32 * sum(state_values(shape, recipe.optimizer) for shape in shapes),
-            "gradients": FLOAT32 * count,
-        }
-        rows["total"] = sum(rows.values())
-    rows = {name: each for name, each in rows.items() if each}
-    lines = [f"{name:<22} {number:>16,}" for name, number in counts.items()]
-    where = f"Estimated peak memory of one process ({'GPU' if run.gpu else 'CPU'})"
-    return "\n".join(["Parameters", *lines, "", where, format_memory(rows)])

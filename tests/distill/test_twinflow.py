@@ -21,7 +21,7 @@ from fast_diffusers.pipelines.shipped import open_pipeline
 from fast_diffusers.samplers import unified
 from fast_diffusers.schedulers import UnifiedScheduler
 
-SHIPPED = sorted(path.stem for path in RECIPES.glob("twinflow_*.yaml"))
+SHIPPED = ["twinflow_digits", *sorted(path.stem for path in RECIPES.glob("twinflow_flux_*.yaml"))]
 LORA, FULL = {"train": "lora"}, {"train": "full"}
 VARIANTS = {
     "adapter, average": (LORA, {}),
