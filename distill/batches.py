@@ -12,6 +12,8 @@ from distill.data import ImageBatches, LatentCache, Source, jsonl_log, open_sour
 from distill.data.loader import Batches
 from fast_diffusers.conditioning import Cond
 from fast_diffusers.denoisers import ClassifierFree, Denoiser
+from fast_diffusers.pipelines.components import load_component, read_index
+from fast_diffusers.pipelines.shipped import pipeline_folder
 from fast_diffusers.samplers.loop import Velocity
 
 TEXT_PARTS = tuple(f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
@@ -108,6 +110,18 @@ class Encoder:
 def embeds_guidance(denoiser: Denoiser) -> bool:
     """Whether a denoiser takes a guidance strength; functions, which do not say, are given it."""
     return getattr(denoiser, "embeds_guidance", True)
+
+
+def reload_text_encoders(pipe: Any, model: str, paddle_dtype: str | None = None) -> None:
+    """Give a pipeline that is to be saved what `Encoder.release_text_encoders` dropped, from the folder of the teacher.
+
+    model: the name or path that the teacher was opened with.
+    """
+    folder = pipeline_folder(model)
+    index = read_index(folder)
+    for name in TEXT_PARTS:
+        if name in index and name in pipe.component_types and getattr(pipe, name) is None:
+            pipe.register_modules(**{name: load_component(folder, name, index[name], paddle_dtype)})
 
 
 def open_batches(

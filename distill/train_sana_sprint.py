@@ -8,7 +8,7 @@ import logging
 from contextlib import nullcontext
 from pathlib import Path
 
-from distill.batches import Encoder
+from distill.batches import Encoder, reload_text_encoders
 from distill.commands import SampleGrid, fit, num_tokens, run, train_parser
 from distill.control import ControlEncoder
 from distill.parallel import World, barrier, init
@@ -56,7 +56,7 @@ def train(recipe: Recipe, resume: bool = False, world: World | None = None) -> P
     folder = output / FOLDERS[recipe.model.train]
     if world.is_main:
         with average.swapped() if average else nullcontext():
-            save(method.student, folder)
+            save(method.student, folder, recipe)
         log.info("the student is in %s", folder)
     barrier(world)
     return folder
@@ -66,7 +66,7 @@ FOLDERS = {"full": "pipeline", "lora": "lora", "controlnet": "controlnet"}
 """Of the result in the output folder, by model.train."""
 
 
-def save(student: Student, folder: Path) -> None:
+def save(student: Student, folder: Path, recipe: Recipe) -> None:
     """Write the student as it stands: a whole pipeline, its adapter in both layouts, or a ControlNet."""
     if student.controlnet is not None:
         student.controlnet.save_pretrained(folder, layout="diffusers")
@@ -74,6 +74,7 @@ def save(student: Student, folder: Path) -> None:
         for layout in ("paddle", "diffusers"):
             lora.save(student.pipe.transformer, folder, STUDENT, layout)
     else:
+        reload_text_encoders(student.pipe, recipe.model.path, recipe.trainer.dtype)
         student.pipe.save_pretrained(folder, layout="diffusers")
 
 

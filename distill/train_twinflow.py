@@ -7,7 +7,7 @@ On several devices: `python -m paddle.distributed.launch --nproc_per_node 2 dist
 import logging
 from pathlib import Path
 
-from distill.batches import Encoder
+from distill.batches import Encoder, reload_text_encoders
 from distill.commands import SampleGrid, fit, num_tokens, run, train_parser
 from distill.parallel import World, barrier, init
 from distill.recipe import load_recipe, to_yaml
@@ -52,19 +52,21 @@ def train(recipe: Recipe, resume: bool = False, world: World | None = None) -> P
     fit(recipe, method, pipe, encoder, recipe.model.path, sample, resume, world)
     folder = output / ("lora" if recipe.model.train == "lora" else "pipeline")
     if world.is_main:
-        save(method, folder)
+        save(method, folder, recipe)
         log.info("the student is in %s", folder)
     barrier(world)
     return folder
 
 
-def save(method: TwinFlow, folder: Path) -> None:
+def save(method: TwinFlow, folder: Path, recipe: Recipe) -> None:
     """Write the student to `folder`: the average, if there is one.
 
     Adapters are written in both layouts, and beside an average the last weights, to <folder>_last.
     """
     if not method.trains_adapter:
-        (method.average_pipe or method.pipe).save_pretrained(folder, layout="diffusers")
+        pipe = method.average_pipe or method.pipe
+        reload_text_encoders(pipe, recipe.model.path, recipe.trainer.dtype)
+        pipe.save_pretrained(folder, layout="diffusers")
         return
     adapters = {folder: STUDENT}
     if method.average is not None:

@@ -1,14 +1,20 @@
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
 
-from distill.batches import Encoder, open_batches, open_data
+from distill.batches import Encoder, open_batches, open_data, reload_text_encoders
 from distill.config import DataConfig
 from distill.data import LatentCache
 from fast_diffusers.conditioning import Cond
 from fast_diffusers.errors import UserError
+from fast_diffusers.text_encoders import Gemma2Model
+
+GEMMA = Path(__file__).parents[1] / "assets" / "text_encoders" / "gemma2"
 
 
 class FakePipe:
@@ -113,6 +119,18 @@ def test_text_encoders_are_dropped_after_caching(tmp_path):
     assert encoder.batch(cached.fetch(np.array([0, 3])))["null_cond"]["length"].flatten().tolist() == [0, 0]
     assert encoder.prompts(["bbb", "aa"])["length"].flatten().tolist() == [3, 2]
     assert pipe.asked == []
+
+
+def test_dropped_text_encoders_come_back_from_the_folder_of_the_teacher(tmp_path):
+    index = {"text_encoder": ["transformers", "Gemma2Model"], "vae": ["diffusers", "AutoencoderDC"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SanaPipeline", **index}))
+    shutil.copytree(GEMMA, tmp_path / "text_encoder", ignore=shutil.ignore_patterns("tokenizer"))
+    pipe = FakePipe()
+    pipe.component_types, vae = dict.fromkeys(("text_encoder", "tokenizer", "vae")), pipe.vae
+    pipe.text_encoder = None
+    reload_text_encoders(pipe, str(tmp_path))
+    assert isinstance(pipe.text_encoder, Gemma2Model)
+    assert pipe.vae is vae
 
 
 def test_text_encoders_stay_without_a_cache(tmp_path):
