@@ -25,15 +25,6 @@ FAMILIES = {
 }
 """Columns, by the ids of the tests' parameter."""
 
-NOTES = {
-    (
-        "Objective",
-        "ppdiffusers_sd3",
-    ): "a LoRA reaches its plain `nn.Linear` layers, not those of ppdiffusers' own class "
-    "`LoRACompatibleLinear`: queries, keys and values of the image are among the latter.",
-}
-"""Limits that no skipped test stands for, by group and family."""
-
 INTRODUCTION = """# What works with what
 
 Written by `make support` from the tests that exist; do not edit. Every tick is a test in `tests/` on a tiny random
@@ -94,8 +85,7 @@ def page(cells: Cells) -> str:
         if (group, row, family) not in cells:
             return ""
         reasons = sorted(cells[group, row, family])
-        limits = [NOTES[group, family]] if (group, family) in NOTES else []
-        return " ".join(["–" if reasons else "✓", *map(mark, reasons + limits)])
+        return " ".join(["–" if reasons else "✓", *map(mark, reasons)])
 
     lines = ["| | " + " | ".join(FAMILIES.values()) + " |", "|---|" + ":---:|" * len(FAMILIES)]
     for group in dict.fromkeys(group for group, *_ in cells):

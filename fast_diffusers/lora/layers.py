@@ -20,6 +20,7 @@ from types import MappingProxyType
 import numpy as np
 import paddle
 from paddle import nn
+from ppdiffusers.models.lora import LoRACompatibleLinear
 
 from fast_diffusers.errors import UserError
 
@@ -91,14 +92,15 @@ class LoRALinear(nn.Linear):
 
     @classmethod
     def adopt(cls, linear: nn.Linear, adapter_set: AdapterSet) -> None:
-        linear.__class__ = cls
+        linear.own_class, linear.__class__ = type(linear), cls
         linear.adapter_set, linear.alphas = adapter_set, {}
         linear.lora_A, linear.lora_B = nn.LayerDict(), nn.LayerDict()
 
     def release(self) -> None:
-        """Makes the layer a plain nn.Linear again."""
-        del self.lora_A, self.lora_B, self.adapter_set, self.alphas
-        self.__class__ = nn.Linear
+        """Makes the layer what it was."""
+        own_class = self.own_class
+        del self.lora_A, self.lora_B, self.adapter_set, self.alphas, self.own_class
+        self.__class__ = own_class
 
     def add(self, name: str, adapter: LayerAdapter) -> None:
         self.lora_A[name], self.lora_B[name] = Factor(adapter.a), Factor(adapter.b)
@@ -118,13 +120,16 @@ class LoRALinear(nn.Linear):
         a, b = self.factors(name)
         return paddle.matmul(a, b) * (self.alphas[name] / a.shape[1])
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        """x [..., in] -> [..., out]. The factors are used in the dtype of x; gradients arrive in their own."""
+    def forward(self, x: paddle.Tensor, scale: float = 1.0) -> paddle.Tensor:
+        """x [..., in] -> [..., out]. The factors are used in the dtype of x; gradients arrive in their own.
+
+        scale: what ppdiffusers' models pass on to its own kind of adapter, which the layer does not have.
+        """
         out = super().forward(x)
-        for name, scale in self.adapter_set.running().items():
+        for name, strength in self.adapter_set.running().items():
             if name in self.alphas:
                 a, b = (w if w.dtype == x.dtype else w.astype(x.dtype) for w in self.factors(name))
-                out = out + paddle.matmul(paddle.matmul(x, a) * (scale * self.alphas[name] / a.shape[1]), b)
+                out = out + paddle.matmul(paddle.matmul(x, a) * (strength * self.alphas[name] / a.shape[1]), b)
         return out
 
 
@@ -169,7 +174,7 @@ def add_adapter(
     adapter_set.require_unfused("add an adapter")
     linears = linear_layers(model)
     for path, adapter in layers.items():
-        if type(linears[path]) is nn.Linear:
+        if not isinstance(linears[path], LoRALinear):
             LoRALinear.adopt(linears[path], adapter_set)
         linears[path].add(name, adapter)
     rank = _most_common(adapter.rank for adapter in layers.values())
@@ -180,7 +185,7 @@ def add_adapter(
 
 
 def remove(model: nn.Layer, name: str) -> None:
-    """Takes an adapter off the model; layers left without one are plain nn.Linear again."""
+    """Takes an adapter off the model; layers left without one are what they were."""
     adapter_set = _require(model, name)
     adapter_set.require_unfused("remove an adapter")
     del adapter_set.configs[name]
@@ -293,8 +298,17 @@ def lora_layers(model: nn.Layer) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def linear_layers(model: nn.Layer) -> dict[str, nn.Linear]:
-    """The layers that can carry adapters, by path; subclasses of nn.Linear with a forward of their own cannot."""
-    return {path: layer for path, layer in model.named_sublayers() if type(layer) in (nn.Linear, LoRALinear)}
+    """The layers that can carry adapters, by path; subclasses of nn.Linear with a forward of their own cannot.
+
+    Those of ppdiffusers can, as long as they carry none of its own.
+    """
+
+    def fits(layer: nn.Layer) -> bool:
+        if type(layer) is LoRACompatibleLinear:
+            return layer.lora_layer is None
+        return type(layer) in (nn.Linear, LoRALinear)
+
+    return {path: layer for path, layer in model.named_sublayers() if fits(layer)}
 
 
 def master_dtype(layer: nn.Linear) -> str:

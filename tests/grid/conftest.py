@@ -23,10 +23,6 @@ from fast_diffusers.denoisers import denoiser_for
 from fast_diffusers.random import Generator, randn
 
 TARGETS = ("to_q", "to_v", "to_out.0")
-PPDIFFUSERS_TARGETS = (
-    "attn.add_q_proj",
-    "ff.net.0.proj",
-)  # the others are of a class of its own, which takes no adapter
 SIZES = dict(attention_head_dim=8, num_attention_heads=2)
 TEXT = dict(prompt_embeds=[2, 5, 6])
 POOLED = TEXT | dict(pooled_prompt_embeds=[2, 4])
@@ -82,15 +78,13 @@ Z_IMAGE = dict(
 class Parts:
     """A model as the teacher, two adapters of it as the student and the fake score, heads, and a batch of two."""
 
-    def __init__(
-        self, build: Callable[[], nn.Layer], text: dict[str, list[int]], mask: str | None, targets: tuple[str, ...]
-    ):
+    def __init__(self, build: Callable[[], nn.Layer], text: dict[str, list[int]], mask: str | None):
         paddle.seed(0)
-        self.transformer, config = build(), LoraConfig(rank=2, alpha=2.0, targets=targets)
+        self.transformer, config = build(), LoraConfig(rank=2, alpha=2.0, targets=TARGETS)
         denoiser = denoiser_for(self.transformer)
         lora.freeze(self.transformer)
         self.student: Network = adapter_network(denoiser, self.transformer, "student", config, "auxiliary", 0)
-        lora.inject(self.transformer, config.rank, config.alpha, targets, name="fake", seed=1)
+        lora.inject(self.transformer, config.rank, config.alpha, TARGETS, name="fake", seed=1)
         heads = {"patch": PatchDiscriminator, "ladd": LaddDiscriminator}
         self.heads = {name: new(denoiser.feature_channels, denoiser.num_taps) for name, new in heads.items()}
         with paddle.no_grad():  # fresh models predict zero, and fresh adapters change nothing
@@ -147,17 +141,16 @@ class Family:
     build: Callable[[], nn.Layer]
     text: dict[str, list[int]]
     mask: str | None = None
-    targets: tuple[str, ...] = TARGETS
 
     @functools.cached_property
     def parts(self) -> Parts:
-        return Parts(self.build, self.text, self.mask, self.targets)
+        return Parts(self.build, self.text, self.mask)
 
 
 FAMILIES = {
     "flux": Family(lambda: models.FluxTransformer2DModel(**FLUX), POOLED),
     "sd3": Family(lambda: models.SD3Transformer2DModel(**SD3, dual_attention_layers=(0,), qk_norm="rms_norm"), POOLED),
-    "ppdiffusers_sd3": Family(lambda: PPDiffusersSD3(**SD3), POOLED, targets=PPDIFFUSERS_TARGETS),
+    "ppdiffusers_sd3": Family(lambda: PPDiffusersSD3(**SD3), POOLED),
     "sana": Family(lambda: models.SanaTransformer2DModel(**SANA), TEXT, "prompt_attention_mask"),
     "sana_sprint": Family(
         lambda: models.SanaTransformer2DModel(**SANA, guidance_embeds=True, qk_norm="rms_norm_across_heads"),

@@ -7,6 +7,7 @@ import paddle
 import pytest
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
+from ppdiffusers.models.lora import LoRACompatibleLinear
 
 from fast_diffusers import lora
 from fast_diffusers.errors import UserError
@@ -322,3 +323,18 @@ def test_a_traced_model_keeps_the_adapter(toy, x, add_adapter):
     expected = toy(x)
     static = paddle.jit.to_static(toy, full_graph=True)
     np.testing.assert_allclose(static(x), expected, atol=1e-6)
+
+
+def test_linear_layers_of_ppdiffusers_carry_adapters_and_are_given_back(x):
+    layer = LoRACompatibleLinear(12, 5)
+    model = nn.Sequential(layer)
+    base = layer(x)
+    lora.inject(model, 2, 2, ["0"])
+    lora.parameters(model, "default")[1].set_value(paddle.ones([2, 5]))
+    assert not equal(layer(x), base)
+    assert equal(layer(x, 1.0), layer(x))
+    lora.remove(model, "default")
+    assert type(layer) is LoRACompatibleLinear and equal(layer(x), base)
+    layer.set_lora_layer(nn.Linear(12, 5))  # one of ppdiffusers' own
+    with pytest.raises(UserError, match=r"matches no nn\.Linear"):
+        lora.inject(model, 2, 2, ["0"])
