@@ -1,0 +1,89 @@
+"""What can run a model here: Paddle's compiler CINN, its static graphs (PIR), or eager execution."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import paddle
+
+from fast_diffusers.errors import UserError
+
+BACKENDS = ("auto", "cinn", "pir", "eager")
+
+CINN_FLAGS: Mapping[str, bool] = {
+    "FLAGS_prim_all": True,
+    "FLAGS_prim_enable_dynamic": True,
+    "FLAGS_use_cinn": True,
+    "FLAGS_cinn_new_group_scheduler": True,
+    "FLAGS_group_schedule_tiling_first": True,
+    "FLAGS_cinn_bucket_compile": True,
+}
+"""What PaddlePaddle's own scripts set beside `to_static(backend="CINN")`: decompose operators into primitive ones, with
+free axes too, and fuse and schedule these; one kernel for a range of sizes rather than one for each."""
+
+HOW_TO_GET_CINN = (
+    "install a GPU wheel of PaddlePaddle, whose Linux builds contain it: "
+    "pip install paddlepaddle-gpu==3.3.1 -i https://www.paddlepaddle.org.cn/packages/stable/cu126/, "
+    "and run on a CUDA device; or ask for backend='pir' or 'auto'"
+)
+
+
+def missing_for_cinn() -> str | None:
+    """What CINN lacks here, in a few words; None if it can run."""
+    if not paddle.is_compiled_with_cinn():
+        return "this wheel of PaddlePaddle was built without CINN"
+    if not paddle.is_compiled_with_cuda() or not paddle.get_device().startswith("gpu"):
+        return f"CINN compiles for CUDA devices, and Paddle runs on {paddle.get_device()}"
+    return None
+
+
+def choose(backend: str) -> str:
+    """The backend for a request; "auto" takes CINN where it can run, and static graphs elsewhere.
+
+    Raises:
+        UserError: an unknown one, or CINN where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    missing = missing_for_cinn() if backend in ("auto", "cinn") else None
+    if backend == "auto":
+        return "pir" if missing else "cinn"
+    if missing:
+        raise UserError(f"backend='cinn' cannot run: {missing}; {HOW_TO_GET_CINN}")
+    return backend
+
+
+def translator_backend(backend: str) -> str | None:
+    """The `backend` argument of `paddle.jit.to_static`, whose default would ask for CINN."""
+    return "CINN" if backend == "cinn" else None
+
+
+def uses_cinn(static: Any) -> bool:
+    """Whether a static function that was asked for with CINN has it: where it cannot, Paddle drops it silently."""
+    backend = static._kwargs.get("backend")
+    return backend is not None and backend.is_cinn()
+
+
+def known_flags() -> dict[str, Any]:
+    """The values of those of `CINN_FLAGS` that this wheel knows; some come and go with versions."""
+    found: dict[str, Any] = {}
+    for name in CINN_FLAGS:
+        with contextlib.suppress(ValueError):
+            found |= paddle.get_flags([name])
+    return found
+
+
+@contextlib.contextmanager
+def flags(backend: str) -> Iterator[None]:
+    """Within the block, Paddle's flags are those that the backend needs; for tracing and for every run."""
+    if backend != "cinn":
+        yield
+        return
+    before = known_flags()
+    paddle.set_flags({name: CINN_FLAGS[name] for name in before})
+    try:
+        yield
+    finally:
+        paddle.set_flags(before)

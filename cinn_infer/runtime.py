@@ -1,0 +1,286 @@
+"""Open an exported pipeline: the class and call of the original, with graphs in place of its models."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import paddle
+from paddle import nn
+from safetensors.numpy import load_file
+
+import fast_diffusers.pipelines  # noqa: F401  (defines the classes)
+from cinn_infer import engines, shapes, units
+from cinn_infer.calls import Call, Structure
+from cinn_infer.manifest import CHECK_FILE, FILE, GraphEntry, Manifest
+from fast_diffusers import target_time
+from fast_diffusers.errors import UserError
+from fast_diffusers.models.checkpoint_io import read_json
+from fast_diffusers.pipelines.base import Pipeline
+from fast_diffusers.pipelines.components import CLASSES, load_component
+
+BF16_TOLERANCE = 0.1
+"""Root mean square error of a graph in bf16, relative to that of its outputs, above which something is wrong."""
+
+REFUSED = (
+    "load_lora_weights",
+    "set_adapters",
+    "fuse_lora",
+    "unfuse_lora",
+    "unload_lora_weights",
+    "save_pretrained",
+    "to",
+)
+"""Methods of pipelines that need the weights."""
+
+
+class Graphs:
+    """The graphs of an export, in Paddle Inference; each is opened when it is first run.
+
+    Attributes:
+        precision, threads: how they run.
+        seconds: time spent in each graph so far, by "component.method".
+    """
+
+    def __init__(self, manifest: Manifest, directory: Path, precision: str = "fp32", threads: int | None = None):
+        self.manifest, self.directory, self.precision = manifest, directory, precision
+        self.threads = engines.default_threads() if threads is None else threads
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.runs: defaultdict[str, int] = defaultdict(int)
+        self._engines: dict[int, engines.PaddleEngine] = {}
+
+    def engine(self, graph: GraphEntry) -> engines.PaddleEngine:
+        """What runs a graph."""
+        index = self.manifest.graphs.index(graph)
+        if index not in self._engines:
+            files = [self.directory / name for name in graph.files["paddle"]]
+            try:
+                self._engines[index] = engines.PaddleEngine(
+                    files, graph.graph_names, self.precision, self.threads, self.manifest.models[graph.component]
+                )
+            except (RuntimeError, OSError) as error:
+                raise UserError(
+                    f"Paddle Inference does not open {files[0]}: {str(error).strip().splitlines()[-1]}"
+                ) from error
+        return self._engines[index]
+
+    def run(self, graph: GraphEntry, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Outputs of a graph."""
+        engine = self.engine(graph)
+        started = time.perf_counter()
+        outputs = engine.run(inputs)
+        self.seconds[graph.title] += time.perf_counter() - started
+        self.runs[graph.title] += 1
+        return outputs
+
+    def self_check(self) -> float:
+        """The largest difference to the eager outputs, relative to the largest of these (at least 1).
+
+        Raises:
+            UserError: it is more than the export allows.
+        """
+        worst = 0.0
+        for graph, inputs, expected in self.cases():
+            try:
+                outputs = self.engine(graph).run(inputs)
+            except (RuntimeError, ValueError) as error:  # NotImplementedError is the former
+                if isinstance(error, UserError):
+                    raise
+                reason = str(error).strip().splitlines()[-1]
+                raise UserError(f"{graph.title} does not run in Paddle Inference: {reason}") from error
+            for output, truth in zip(outputs, expected, strict=True):
+                error, limit = self._error(output, truth)
+                if not error <= limit:
+                    raise UserError(
+                        f"{graph.title} of {self.directory} differs by {error:.1e} from the eager output in "
+                        f"{self.precision}, more than {limit:g}: do not use it; export again with the versions that "
+                        "are installed"
+                    )
+                worst = max(worst, error)
+        return worst
+
+    def cases(self) -> list[tuple[GraphEntry, list[np.ndarray], list[np.ndarray]]]:
+        """(graph, inputs, eager outputs) of the self-check."""
+        arrays = load_file(self.directory / CHECK_FILE)
+        return [
+            (graph, *(_numbered(arrays, f"{index}.{kind}.") for kind in ("input", "output")))
+            for index, graph in enumerate(self.manifest.graphs)
+        ]
+
+    def _error(self, output: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+        """(error, what is allowed)."""
+        if output.shape != truth.shape:
+            return float("inf"), self.manifest.tolerance
+        difference = output.astype("float64") - truth
+        if self.precision == "bf16":
+            scale = np.sqrt(np.square(truth.astype("float64")).mean()) or 1.0
+            return float(np.sqrt(np.square(difference).mean()) / scale), BF16_TOLERANCE
+        return float(
+            np.abs(difference).max(initial=0) / max(1.0, np.abs(truth).max(initial=0))
+        ), self.manifest.tolerance
+
+    def report(self) -> dict[str, Any]:
+        """What ran how often and how long, for JSON."""
+        return {
+            "runtime": "paddle",
+            "precision": self.precision,
+            "threads": self.threads,
+            "seconds": dict(self.seconds),
+            "runs": dict(self.runs),
+        }
+
+
+def load(
+    directory: str | PathLike, runtime: str = "auto", precision: str = "fp32", threads: int | None = None
+) -> Pipeline:
+    """Open what `cinn_infer.export` wrote, after checking its files and its outputs.
+
+    Args:
+        directory: the folder.
+        runtime: "paddle", Paddle Inference on CPU, which is also what "auto" stands for: there is no other so far.
+        precision: "fp32", or "bf16" for the transformers of FLUX, SD3 and SANA; other models run in fp32 beside them.
+        threads: CPU threads; None is what Paddle uses.
+
+    Returns:
+        A pipeline of the exported one's class, with its call. `pipe.graphs` holds what runs, and the time it took.
+
+    Raises:
+        UserError: missing, altered or unreadable files, another runtime, a precision that cannot run here, or outputs
+            that are wrong.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a folder: give one that cinn_infer.export wrote")
+    if precision not in engines.PRECISIONS:
+        raise UserError(f"precision must be one of {', '.join(engines.PRECISIONS)}, got {precision!r}")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise UserError(f"threads must be a positive integer, got {threads!r}")
+    manifest = Manifest.read(directory)
+    manifest.verify(directory)
+    engines.require(runtime)
+    if precision == "bf16":
+        engines.require_bf16(manifest.models["transformer"])
+    graphs = Graphs(manifest, directory, precision, threads)
+    graphs.self_check()
+    return _pipeline(manifest, directory, graphs)
+
+
+def _pipeline(manifest: Manifest, directory: Path, graphs: Graphs) -> Pipeline:
+    """The pipeline, its models without weights."""
+    components: dict[str, Any] = dict.fromkeys(manifest.absent)
+    for name, entry in manifest.parts.items():
+        components[name] = load_component(directory, name, entry, None)
+    for name, class_name in manifest.models.items():
+        components[name] = _shell(class_name, directory / name)
+    cls = Pipeline._class_named(manifest.pipeline, directory)
+    pipe = cls(**components, **manifest.settings)
+    if way := target_time.TargetTime.load(directory, pipe.transformer):
+        target_time.attach(pipe.transformer, way)
+    for name in manifest.models:
+        _stand_in(name, getattr(pipe, name), graphs)
+    for name in REFUSED:
+        if hasattr(pipe, name):
+            object.__setattr__(pipe, name, partial(_refuse, name))
+    object.__setattr__(pipe, "graphs", graphs)
+    return pipe
+
+
+def _shell(class_name: str, folder: Path) -> nn.Layer:
+    """A model with its configuration and without memory for weights, for all that a pipeline reads of it."""
+    if class_name == "ppdiffusers.SD3Transformer2DModel":
+        from ppdiffusers.models.transformer_sd3 import SD3Transformer2DModel as cls
+    elif class_name in CLASSES:
+        cls = getattr(__import__(CLASSES[class_name][0], fromlist=[class_name]), CLASSES[class_name][1])
+    else:
+        raise UserError(f"{folder.parent / FILE} names a model of class {class_name}, which this package does not know")
+    with paddle.LazyGuard():
+        model = cls.from_config(read_json(folder / "config.json"))
+    model.eval()
+    return model
+
+
+def _stand_in(component: str, model: nn.Layer, graphs: Graphs) -> None:
+    """Put the graphs of a component in place of its methods, and errors in place of those that have none."""
+    own = [graph for graph in graphs.manifest.graphs if graph.component == component]
+    layers = [layer for layer in model.sublayers() if layer is not model]
+    methods = {graph.method for graph in own}
+    for method in methods:
+        handler = partial(_run, [graph for graph in own if graph.method == method], graphs, layers)
+        units.GraphMethod(model, method, handler)
+    for method in {"forward", "encode", "decode"} - methods:
+        if hasattr(model, method):
+            units.GraphMethod(model, method, partial(_absent, f"{component}.{method}"))
+
+
+def _run(
+    entries: Sequence[GraphEntry], graphs: Graphs, layers: Sequence[nn.Layer], original: Any, args: Any, kwargs: Any
+):
+    """One call of a model's method, by the graph that fits it."""
+    if any("forward" in vars(layer) for layer in layers):
+        raise UserError("a cache has no effect on an exported model, which runs as one graph: call disable_cache")
+    call = Call(original, args, units.normal(kwargs))
+    told = units.told_now() if entries[0].component == "transformer" else None
+    names = [*call.names, *(("told",) if told else ())]
+    arrays = [tensor.numpy() for tensor in (*call.tensors, *((told[1],) if told else ()))]
+    reasons = []
+    for graph in entries:
+        if graph.constants != call.constants or graph.names != names:
+            reasons.append(f"it was exported for the arguments {_shown(graph.constants)}")
+            continue
+        fitted, length = _fit_text(graph, names, arrays)
+        reason = shapes.misfit(names, graph.axes, [array.shape for array in fitted])
+        if reason is None:
+            fitted = [
+                array.astype(dtype, copy=False) for array, (_, dtype, _) in zip(fitted, graph.inputs, strict=True)
+            ]
+            outputs = graphs.run(graph, fitted)
+            if length is not None:
+                outputs = [each[:, :length] if each.ndim > 1 else each for each in outputs]
+            return Structure(graph.outputs).fill([paddle.to_tensor(each) for each in outputs])
+        reasons.append(reason)
+    raise UserError(
+        f"{entries[0].title} is outside what was exported: {'; '.join(dict.fromkeys(reasons))}. "
+        "Export with calls=[...] for every size that is needed"
+    )
+
+
+def _fit_text(
+    graph: GraphEntry, names: Sequence[str], arrays: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], int | None]:
+    """Masked token ids [B, T], padded on the right, at the length of the graph; and T where that is longer.
+
+    Causal models give the same for what is before the padding.
+    """
+    arrays = list(arrays)
+    if "input_ids" not in names or "attention_mask" not in names:
+        return arrays, None
+    length, wanted = arrays[names.index("input_ids")].shape[1], graph.axes[names.index("input_ids")][1]
+    if length >= wanted:
+        return arrays, None
+    for name in ("input_ids", "attention_mask"):
+        position = names.index(name)
+        arrays[position] = np.pad(arrays[position], [(0, 0), (0, wanted - length)])
+    return arrays, length
+
+
+def _absent(title: str, *_: Any) -> NoReturn:
+    raise UserError(f"{title} is not part of this export, so that what needs it (such as image=) cannot run here")
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise UserError(f"an exported pipeline has no weights, which {name} needs: do this before the export")
+
+
+def _shown(constants: str) -> str:
+    return constants if len(constants) < 300 else constants[:297] + "..."
+
+
+def _numbered(arrays: Mapping[str, np.ndarray], prefix: str) -> list[np.ndarray]:
+    count = sum(name.startswith(prefix) for name in arrays)
+    return [arrays[f"{prefix}{i}"] for i in range(count)]

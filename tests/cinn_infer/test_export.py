@@ -1,0 +1,225 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from onnx.reference import ReferenceEvaluator
+from safetensors.numpy import load_file
+
+import cinn_infer
+from cinn_infer.manifest import CHECK_FILE, FILE
+from fast_diffusers import lora, target_time
+from fast_diffusers.caching import PyramidAttentionBroadcast, disable_cache, enable_cache
+from fast_diffusers.errors import UserError
+from fast_diffusers.pipelines import SanaLabelPipeline
+from fast_diffusers.random import Generator
+
+CALL = dict(prompt=["3", "7"], num_inference_steps=2, output_type="np")
+
+
+def images(pipe, **call):
+    return pipe(**CALL | call, generator=Generator(0)).images
+
+
+@pytest.fixture(scope="module")
+def student(make_sana_label):
+    """A label pipeline with a LoRA that is told its target time, not fused."""
+    pipe, rng = make_sana_label(), np.random.default_rng(0)
+    lora.inject(pipe.transformer, 2, 2.0, ["to_q", "to_v"])
+    for name, weight in lora.state_dict(pipe.transformer).items():
+        if "lora_B" in name:
+            weight.set_value((0.5 * rng.standard_normal(weight.shape)).astype("float32"))
+    way = target_time.TargetTime.new("auxiliary", pipe.transformer)
+    layer = way.embedding.embedder.linear_2
+    layer.weight.set_value(0.3 * paddle.ones(layer.weight.shape))
+    target_time.attach(pipe.transformer, way, "default")
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def exported(student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "student"
+    cinn_infer.export(student, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def loaded(exported):
+    pipe = cinn_infer.load(exported, runtime="paddle")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_same_images_from_the_same_generator(student, loaded):
+    assert type(loaded) is SanaLabelPipeline
+    np.testing.assert_allclose(images(loaded), images(student), atol=1e-5)
+    one = dict(prompt="5", guidance_scale=1.0)
+    np.testing.assert_allclose(images(loaded, **one), images(student, **one), atol=1e-5)
+    report = json.loads(json.dumps(loaded.graphs.report()))
+    assert report["runtime"] == "paddle" and report["runs"]["transformer.forward"] == 4
+    assert report["seconds"]["transformer.forward"] > 0
+
+
+def test_export_leaves_the_pipeline_as_it_was(student, exported):
+    adapters = lora.layers.find_set(student.transformer)
+    assert adapters.default == {"default": 1.0} and not adapters.fused
+    assert "forward" not in vars(student.transformer)
+
+
+def test_fresh_process_needs_no_training_code(exported, loaded, tmp_path):
+    script = f"""
+import sys
+import numpy as np
+import cinn_infer
+from fast_diffusers.random import Generator
+pipe = cinn_infer.load({str(exported)!r})
+np.save({str(tmp_path / "images.npy")!r}, pipe(**{CALL!r}, generator=Generator(0)).images)
+assert not [name for name in sys.modules if name.split(".")[0] == "distill"]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2], capture_output=True)
+    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), images(loaded), atol=1e-6)
+
+
+def assert_onnx_equals_eager(manifest, folder):
+    """In the onnx package's own evaluator, at other sizes than were traced."""
+    arrays = load_file(folder / CHECK_FILE)
+    index, graph = next((i, graph) for i, graph in enumerate(manifest.graphs) if "onnx" in graph.files)
+    inputs = {name: arrays[f"{index}.input.{i}"] for i, name in enumerate(graph.graph_names)}
+    (found,) = ReferenceEvaluator(str(folder / graph.files["onnx"][0])).run(None, inputs)
+    truth = arrays[f"{index}.output.0"]
+    # angles of 1000 t are rounded at 6e-5 in float32, here in another order
+    np.testing.assert_allclose(found, truth, atol=2e-4 * max(1, np.abs(truth).max()))
+
+
+@pytest.mark.support("Export")
+@pytest.mark.parametrize("family", ["flux", "sd3", "ppdiffusers_sd3", "sana", "qwen_image"])
+def test_every_family(make_pipeline, tmp_path, family):
+    """Exported for one prompt, called with two of different lengths."""
+    pipe = make_pipeline(family)
+    size = dict(height=32 if family == "flux" else 16, width=16)
+    call = size | dict(prompt=["a cat", "a dog on a hill"], num_inference_steps=2, output_type="np")
+    truth = pipe(**call, generator=Generator(0)).images
+    format = "paddle" if family == "qwen_image" else "onnx"
+    manifest = cinn_infer.export(pipe, tmp_path / "export", format, [size])
+    if format == "onnx":
+        assert_onnx_equals_eager(manifest, tmp_path / "export")
+    loaded = cinn_infer.load(tmp_path / "export")
+    loaded.set_progress_bar_config(disable=True)
+    assert truth.std() > 0.05
+    np.testing.assert_allclose(loaded(**call, generator=Generator(0)).images, truth, atol=1e-4)
+    if family in ("flux", "sd3", "sana") and paddle.base.core.supports_bfloat16():
+        cinn_infer.load(tmp_path / "export", precision="bf16")  # compares with the eager outputs
+
+
+def test_z_image_is_refused(make_pipeline, tmp_path):
+    with pytest.raises(UserError, match=r"Z-Image cannot be exported: .* FLUX, SD3, SANA, Qwen-Image"):
+        cinn_infer.export(make_pipeline("z_image"), tmp_path / "export")
+
+
+@pytest.mark.skipif(not paddle.base.core.supports_bfloat16(), reason="this processor has no AVX-512")
+def test_bf16(student, exported):
+    pipe = cinn_infer.load(exported, precision="bf16")
+    pipe.set_progress_bar_config(disable=True)
+    found, truth = images(pipe), images(student)
+    assert 1e-5 < np.sqrt(np.square(found - truth).mean()) < 0.05 * truth.std()
+
+
+def test_shapes_outside_the_export(loaded):
+    with pytest.raises(UserError, match=r"transformer\.forward is outside what was exported: hidden_states has shape"):
+        images(loaded, height=16, width=8)
+
+
+def test_what_an_export_cannot_do(loaded):
+    for use in (lambda: loaded.load_lora_weights("x"), lambda: loaded.save_pretrained("x")):
+        with pytest.raises(UserError, match="has no weights"):
+            use()
+    enable_cache(loaded, PyramidAttentionBroadcast())
+    with pytest.raises(UserError, match="disable_cache"):
+        images(loaded)
+    disable_cache(loaded)
+
+
+def damaged(copy, kind):
+    weights = next((copy / "transformer").glob("*.pdiparams"))
+    if kind == "missing":
+        weights.unlink()
+    elif kind == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-4])
+    elif kind == "altered":
+        content = bytearray(weights.read_bytes())
+        content[-3] ^= 1
+        weights.write_bytes(content)
+    elif kind == "manifest":
+        (copy / FILE).write_text("{")
+    elif kind == "version":
+        (copy / FILE).write_text(json.dumps(json.loads((copy / FILE).read_text()) | {"version": 99}))
+    elif kind == "no manifest":
+        (copy / FILE).unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", r"forward-0\.pdiparams is missing"),
+        ("cut off", r"forward-0\.pdiparams has \d+ bytes, its manifest says \d+"),
+        ("altered", r"forward-0\.pdiparams is not the file that was exported"),
+        ("manifest", r"manifest\.json is damaged"),
+        ("version", "is of version 99"),
+        ("no manifest", r"is not an exported pipeline: it has no manifest\.json"),
+    ],
+)
+def test_damaged_folders(copy, kind, message):
+    damaged(copy, kind)
+    with pytest.raises(UserError, match=message):
+        cinn_infer.load(copy)
+
+
+def test_wrong_outputs_are_found_before_the_first_image(copy):
+    content = json.loads((copy / FILE).read_text())
+    content["tolerance"] = 0.0
+    (copy / FILE).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"differs by .* from the eager output in fp32"):
+        cinn_infer.load(copy)
+
+
+def test_bad_requests(exported, student, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is not a folder"):
+        cinn_infer.load(tmp_path / "nothing")
+    for arguments, message in [
+        (dict(precision="int3"), "precision must be one of"),
+        (dict(threads=0), "threads must be a positive integer"),
+        (dict(runtime="tvm"), "runtime must be auto or paddle"),
+        (dict(runtime="onnx"), "export with format='onnx' and open"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            cinn_infer.load(exported, **arguments)
+    (tmp_path / "notes.txt").write_text("mine")
+    for arguments, message in [
+        ((student, tmp_path), "not an export and not empty"),
+        ((student, tmp_path / "x", "tflite"), "format must be one of paddle, onnx"),
+        ((student, tmp_path / "x", "paddle", []), "calls must hold"),
+        ((student.transformer, tmp_path / "x"), "takes a pipeline of fast_diffusers"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            cinn_infer.export(*arguments)
+    compiled = cinn_infer.compile(student)
+    with pytest.raises(UserError, match="is compiled or runs in a cache"):
+        cinn_infer.export(student, tmp_path / "x")
+    compiled.restore()
+    monkeypatch.setitem(sys.modules, "paddle2onnx", None)
+    with pytest.raises(UserError, match="needs the packages onnx and paddle2onnx"):
+        cinn_infer.export(student, tmp_path / "x", "onnx")
+
+
+def test_onnx_of_qwen_image_is_refused(make_pipeline, tmp_path):
+    with pytest.raises(UserError, match=r"format='onnx' is there for Flux.*, not for QwenImageTransformer2DModel"):
+        cinn_infer.export(make_pipeline("qwen_image"), tmp_path / "x", format="onnx")
