@@ -38,10 +38,10 @@ from unet import NO_LABEL, NUM_CLASSES, UNet  # isort: skip  (beside this file)
 log = logging.getLogger(__name__)
 IMAGE_SIZE = {"mnist": 28, "digits": 8}
 COMMON = {"order": 1, "delta": 0.1, "loss": "l2", "time_weighting": False, "enhanced_ratio": 0.55}
-PARTS = {"e2e": 2, "mul": 1.5, "any": 0.5, "adv": 1}
+PARTS = {"e2e": 2.5, "mul": 1, "any": 0.5, "adv": 1}
 OBJECTIVES: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "rcgm": (rcgm, COMMON),
-    "twinflow": (twinflow, COMMON | {"form": "split", "parts": PARTS, "rectify_weight": 1.5}),
+    "twinflow": (twinflow, COMMON | {"form": "split", "parts": PARTS, "rectify_weight": 2.0}),
 }
 """The objective of each method, and its settings: a longer first piece than published, and guidance folded in, which a
 training of minutes needs."""
