@@ -112,7 +112,7 @@ class CompiledMethod:
         told = units.told_now() if self._is_whole else None
         adapters = self._adapters()
         graph = self._graph(original, call, told, adapters)
-        tensors = [*call.tensors, *((told[1],) if told else ())]
+        tensors = units.inputs(call, told)[1]
         started = time.perf_counter()
         with backends.flags(self.owner.backend_used):
             result = graph.unit(tensors)
@@ -123,8 +123,7 @@ class CompiledMethod:
 
     def _graph(self, original: Callable, call: Call, told: Any, adapters: tuple) -> Graph:
         """The graph for a call, traced if there is none yet."""
-        names = [*call.names, *(("told",) if told else ())]
-        tensors = [*call.tensors, *((told[1],) if told else ())]
+        names, tensors = units.inputs(call, told)
         dtypes = tuple(str(tensor.dtype) for tensor in tensors)
         for free in (True, False) if not self._fixed else (False,):
             axes = shapes.axes(self.layer, names, tensors) if free else [tuple(each.shape) for each in tensors]

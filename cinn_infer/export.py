@@ -61,12 +61,12 @@ class Recorded:
     @property
     def names(self) -> list[str]:
         """Of the tensors."""
-        return [*self.call.names, *(("told",) if self.told else ())]
+        return units.inputs(self.call, self.told)[0]
 
     @property
     def tensors(self) -> list[paddle.Tensor]:
         """As many."""
-        return [*self.call.tensors, *((self.told[1],) if self.told else ())]
+        return units.inputs(self.call, self.told)[1]
 
     def eager(self, tensors: Sequence[paddle.Tensor]) -> list[paddle.Tensor]:
         """What the method gives for other tensors."""

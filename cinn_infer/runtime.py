@@ -226,8 +226,8 @@ def _run(
         raise UserError("a cache has no effect on an exported model, which runs as one graph: call disable_cache")
     call = Call(original, args, units.normal(kwargs))
     told = units.told_now() if entries[0].component == "transformer" else None
-    names = [*call.names, *(("told",) if told else ())]
-    arrays = [tensor.numpy() for tensor in (*call.tensors, *((told[1],) if told else ()))]
+    names, tensors = units.inputs(call, told)
+    arrays = [tensor.numpy() for tensor in tensors]
     reasons = []
     for graph in entries:
         if graph.constants != call.constants or graph.names != names:

@@ -85,9 +85,7 @@ def trace(
     """
     unit = Unit(layer, method, call, told[0] if told else None)
     unit.eval()
-    names, tensors = [*call.names], [*call.tensors]
-    if told:
-        names, tensors = [*names, "told"], [*tensors, told[1]]
+    names, tensors = inputs(call, told)
     dtypes = [str(tensor.dtype).removeprefix("paddle.") for tensor in tensors]
     specs = shapes.specs(names, dtypes, axes)
 
@@ -103,8 +101,15 @@ def trace(
 
 def told_now() -> Told | None:
     """What the model that is being called is told of its target time; None if nothing tells it."""
-    told = target_time._TOLD.get()
+    told = target_time.told_now()
     return None if told is None else (told[0], told[0](*told[1:]))
+
+
+def inputs(call: Call, told: Told | None) -> tuple[list[str], list[paddle.Tensor]]:
+    """Names and tensors of what a graph takes: the call's, and last what the model is told of its target time."""
+    if told is None:
+        return [*call.names], [*call.tensors]
+    return [*call.names, "told"], [*call.tensors, told[1]]
 
 
 @contextlib.contextmanager

@@ -70,6 +70,11 @@ def time_channels_of(transformer: nn.Layer) -> int:
 _TOLD: ContextVar[tuple[AuxiliaryTimeEmbedding, Tensor, Tensor] | None] = ContextVar("target_time", default=None)
 
 
+def told_now() -> tuple[AuxiliaryTimeEmbedding, Tensor, Tensor] | None:
+    """The embedding that acts here and now, with its times t and target_t [B]; None outside of `told`."""
+    return _TOLD.get()
+
+
 class AuxiliaryTimeEmbedding(nn.Layer):
     """Adds embed(target_t)·(t − target_t) to a model's embedded time [B, channels].
 
@@ -101,7 +106,7 @@ class AuxiliaryTimeEmbedding(nn.Layer):
         """Connect to a model; returns the handle whose `remove` disconnects."""
 
         def add(layer: nn.Layer, inputs: Any, output: Tensor) -> Tensor:
-            told = _TOLD.get()
+            told = told_now()
             if told is None or told[0] is not self:
                 return output
             return output + self(*told[1:]).astype(output.dtype)
