@@ -18,7 +18,6 @@ from distill.comparisons import add_result, in_processes, mean_and_deviation, re
 from distill.evaluate import choose_extractor, compare, open_student, read_prompts, real_features
 from distill.metrics.sampling import SampleSettings
 from distill.recipe import load_recipe
-from distill.samplers import TrigFlowConfig
 from fast_diffusers.errors import UserError
 from fast_diffusers.pipelines.shipped import open_pipeline
 
@@ -48,8 +47,8 @@ def of_lightning(recipe: flux_lightning.Recipe) -> tuple[float, dict[str, Any]]:
 
 def of_sprint(recipe: sana_sprint.Recipe) -> tuple[float, dict[str, Any]]:
     """The student at 1, 2 and 4 steps, the teacher at as many and at 20."""
-    sampler = TrigFlowConfig().sampler()
-    return recipe.sampler.guidance_scale, {"steps": (1, 2, 4), "reference_steps": 20, "student_sampler": sampler}
+    sampler = recipe.sampler
+    return sampler.guidance_scale, {"steps": (1, 2, 4), "reference_steps": 20, "student_sampler": sampler.sampler()}
 
 
 LIGHTNING_OFF = {"adversarial_weight": 0, "dmd_weight": 0, "reflow_weight": 0}

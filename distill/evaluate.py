@@ -289,14 +289,10 @@ def choose_extractor(data: str | None, inception: Path | None) -> Extractor:
     return ClassifierFeatures(data)
 
 
-def choose_sampler(name: str, settings: Sequence[str], steps: Sequence[int]) -> Sampler | None:
+def choose_sampler(name: str, settings: Sequence[str]) -> Sampler | None:
     """The student's sampler; None for `phased`, whose settings are arguments of `compare`."""
     if name in SAMPLERS:
-        config = from_overrides(SAMPLERS[name], settings)
-        angles = getattr(config, "angles", None)
-        if angles is not None and set(steps) != {len(angles) - 1}:
-            raise UserError(f"angles {list(angles)} are for --steps {len(angles) - 1}, which are not those asked for")
-        return config.sampler()
+        return from_overrides(SAMPLERS[name], settings).sampler()
     if settings:
         raise UserError(f"--set {settings[0]} is for --sampler {' or '.join(SAMPLERS)}")
     return None
@@ -330,7 +326,7 @@ def open_student(pipe: Pipeline, folder: Path, paddle_dtype: str | None = None, 
 def main(argv: list[str] | None) -> None:
     """Evaluate from the command line; mistakes of the user raise UserError or FileNotFoundError."""
     arguments, world = parse_arguments(argv), init()
-    sampler = choose_sampler(arguments.sampler, arguments.set, arguments.steps)
+    sampler = choose_sampler(arguments.sampler, arguments.set)
     extractor = choose_extractor(arguments.data, arguments.inception)
     clip = ClipScorer(arguments.clip) if arguments.clip else None
     pipe = open_pipeline(arguments.model, arguments.dtype)

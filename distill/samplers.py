@@ -47,7 +47,7 @@ class TrigFlowConfig:
     """Settings of `fast_diffusers.samplers.trigflow`."""
 
     angles: tuple[float, ...] | None = number(
-        None, minimum=0, doc="one more than steps, from noise (pi / 2) to data (0); null: those of the paper"
+        None, minimum=0, doc="from noise (pi / 2) to data (0), read at equal parts of the way; null: the published ones"
     )
 
     def __post_init__(self) -> None:

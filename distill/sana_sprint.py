@@ -19,6 +19,7 @@ from distill.objectives import trigflow_adversarial, trigflow_consistency, trigf
 from distill.optim import EMA, make_optimizer
 from distill.recipe import entry, number
 from distill.roles import AdapterRole, Roles
+from distill.samplers import TrigFlowConfig
 from distill.trainer import Batch, Loss, frozen
 from fast_diffusers import lora
 from fast_diffusers.denoisers import SanaDenoiser
@@ -80,8 +81,8 @@ class SprintConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """How the sample grids of a training run are made."""
+class SampleConfig(TrigFlowConfig):
+    """How the sample grids of a training run are made; the scheduler of a student's pipeline has the angles."""
 
     steps: int = number(2, minimum=1, doc="number of steps")
     guidance_scale: float = number(4.5, minimum=0, doc="embedded guidance, where the student is told it")
@@ -132,7 +133,10 @@ def copied_student(recipe: Recipe, pipe: Pipeline) -> Student:
     model = student_transformer(pipe.transformer, guided=recipe.objective.guidance_scales is not None)
     if recipe.trainer.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    own, guidance = student_pipeline(pipe, model), "embedded" if pipe.denoiser.embeds_guidance else "cfg"
+    own, guidance = (
+        student_pipeline(pipe, model, recipe.sampler.angles),
+        "embedded" if pipe.denoiser.embeds_guidance else "cfg",
+    )
     return Student(own, dict(model.named_parameters()), own.denoiser, pipe.denoiser, guidance)
 
 
@@ -283,12 +287,17 @@ def student_transformer(teacher: paddle.nn.Layer, guided: bool) -> SanaTransform
     return SanaTransformer2DModel.from_transformer(teacher, guidance_embeds=True)
 
 
-def student_pipeline(teacher: Pipeline, transformer: SanaTransformer2DModel) -> Pipeline:
-    """The student's pipeline: the teacher's other components and settings, and the scheduler of SANA-Sprint."""
+def student_pipeline(
+    teacher: Pipeline, transformer: SanaTransformer2DModel, angles: Sequence[float] | None = None
+) -> Pipeline:
+    """The student's pipeline: the teacher's other components and settings, and the scheduler of SANA-Sprint.
+
+    angles: see `SCMScheduler`.
+    """
     cls = SanaSprintPipeline if isinstance(teacher, SanaPipeline) else type(teacher)
     parts: Mapping[str, Any] = {name: getattr(teacher, name, None) for name in cls.component_types}
     settings = {name: teacher.config[name] for name in signature(cls).parameters if name in teacher.config}
-    return cls(**settings | parts | {"transformer": transformer, "scheduler": SCMScheduler()})
+    return cls(**settings | parts | {"transformer": transformer, "scheduler": SCMScheduler(angles=angles)})
 
 
 def num_elements(pipe: Pipeline, data: DataConfig) -> int:

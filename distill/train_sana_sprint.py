@@ -18,7 +18,6 @@ from distill.sana_sprint_memory import describe_run
 from distill.sharding import check_recipe
 from fast_diffusers import lora
 from fast_diffusers.pipelines.shipped import open_pipeline
-from fast_diffusers.samplers import trigflow
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def train(recipe: Recipe, resume: bool = False, world: World | None = None) -> P
         output / "samples",
         steps=recipe.sampler.steps,
         prompts=list(config.sample_prompts),
-        sampler=trigflow,
+        sampler=recipe.sampler.sampler(),
         write=world.is_main,
     )
 

@@ -28,19 +28,21 @@ PUBLISHED = {
 """Angles of the published students by number of steps (SANA-Sprint, appendix)."""
 
 
-def trigflow_angles(steps: int) -> np.ndarray:
+def trigflow_angles(steps: int, angles: Sequence[float] | None = None) -> np.ndarray:
     """Angles to visit with that many steps, float64 [steps + 1], from (almost) pi/2 down to 0.
 
-    For 1, 2 and 4 steps they are the published ones. Any other number takes the 4-step angles as a curve of progress
-    0, 1/4, ..., 1 and reads it at 0, 1/steps, ..., 1, linearly in between.
+    Given angles, n + 1 of them, are a curve of progress 0, 1/n, ..., 1, which is read at 0, 1/steps, ..., 1, linearly
+    in between: as many as are visited stay as they are. Without any, those of 1, 2 and 4 steps are the published ones,
+    and any other number reads the curve of 4 steps.
 
     Raises:
-        ValueError: steps < 1.
+        ValueError: steps < 1, or angles that do not descend strictly from at most pi/2 to 0.
     """
     check_steps(steps)
-    if steps in PUBLISHED:
+    if angles is None and steps in PUBLISHED:
         return np.array(PUBLISHED[steps])
-    return np.interp(np.arange(steps + 1) / steps, np.arange(5) / 4, PUBLISHED[4])
+    curve = check_angles(PUBLISHED[4] if angles is None else angles)
+    return np.interp(np.linspace(0, 1, steps + 1), np.linspace(0, 1, len(curve)), curve)
 
 
 def check_angles(angles: Sequence[float], steps: int | None = None) -> np.ndarray:
@@ -91,7 +93,7 @@ def trigflow(
         velocity: the student as a model of the linear path, see `loop.Velocity`; it is told target time 0.
         noise: initial noise [B, C, H, W].
         steps: number of steps.
-        angles: `steps` + 1 angles to visit, strictly descending to 0; default `trigflow_angles(steps)`.
+        angles: see `trigflow_angles`; `steps` + 1 are visited as they are.
         generator: source of fresh noise, or a list of B, one an image; None is Paddle's global generator.
         noise_sampler: `noise_sampler(shape) -> tensor`, replaces the generator.
         callback: see `loop.Callback`; times and states are those of the linear path.
@@ -102,7 +104,7 @@ def trigflow(
     Raises:
         ValueError: steps < 1, unusable angles, or a velocity of another shape.
     """
-    visited = trigflow_angles(steps) if angles is None else check_angles(angles, steps)
+    visited = trigflow_angles(steps, angles)
     draw = noise_source(noise, generator, noise_sampler)
 
     def step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:

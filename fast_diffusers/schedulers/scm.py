@@ -29,15 +29,24 @@ class SCMScheduler(FlowMatchScheduler):
         prediction_type: "trigflow", the only one there is.
         sigma_data: deviation of the published students' states, by which their pipeline divides; states here are
             already divided by it, so that it has no effect.
+        angles: those of a student that needs others than the published ones, see `samplers.trigflow.trigflow_angles`.
 
     Raises:
-        ValueError: another prediction_type.
+        ValueError: another prediction_type, or unusable angles.
     """
 
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000, prediction_type: str = "trigflow", sigma_data: float = 0.5):
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "trigflow",
+        sigma_data: float = 0.5,
+        angles: Sequence[float] | None = None,
+    ):
         if prediction_type != "trigflow":
             raise ValueError(f'prediction_type must be "trigflow", got {prediction_type!r}')
+        if angles is not None:
+            check_angles(angles)
         self.angles: Tensor | None = None
         self.init_noise_sigma = 1.0
         self._reset()
@@ -52,7 +61,7 @@ class SCMScheduler(FlowMatchScheduler):
     ) -> None:
         """Choose the angles and go back to the start; call before every image.
 
-        Without further arguments they are those of `samplers.trigflow.trigflow_angles`.
+        Without further arguments they are those of `samplers.trigflow.trigflow_angles` for the config's `angles`.
 
         Args:
             num_inference_steps: number of steps; may be left out when timesteps are given.
@@ -72,7 +81,7 @@ class SCMScheduler(FlowMatchScheduler):
         elif num_inference_steps is None:
             raise ValueError("set_timesteps needs num_inference_steps or timesteps")
         elif max_timesteps is None and intermediate_timesteps is None:
-            angles = trigflow_angles(num_inference_steps)
+            angles = trigflow_angles(num_inference_steps, self.config.angles)
         else:
             angles = _equal_steps(num_inference_steps, max_timesteps, intermediate_timesteps)
         levels = flow_levels(angles)

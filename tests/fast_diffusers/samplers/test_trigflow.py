@@ -36,6 +36,16 @@ def test_schedules_of_any_length(steps):
         np.testing.assert_allclose(angles[:: steps // 4], trigflow_angles(4), atol=1e-12)
 
 
+@given(st.integers(1, 60))
+def test_other_angles_are_a_curve(steps):
+    curve = [1.5, 1.1, 0.6, 0.3, 0]
+    angles = trigflow_angles(steps, curve)
+    assert angles.shape == (steps + 1,) and np.all(np.diff(angles) < 0)
+    np.testing.assert_array_equal(trigflow_angles(1, curve), [1.5, 0])
+    np.testing.assert_allclose(trigflow_angles(2, curve), [1.5, 0.6, 0], rtol=1e-15)
+    np.testing.assert_array_equal(trigflow_angles(4, curve), curve)
+
+
 def reference(velocity, noise, fresh, angles, sigma_data=0.5):
     """The published loop, in TrigFlow's own states and angles (float64): the model only where F needs it."""
     x = sigma_data * noise
@@ -138,7 +148,7 @@ def test_one_step_draws_nothing(gaussian):
     ("settings", "message"),
     [
         ({"steps": 0}, "at least 1"),
-        ({"steps": 2, "angles": [1.5, 0]}, r"3 angles for 2 steps, the final 0 included, got shape \[2\]"),
+        ({"steps": 2, "angles": [0]}, r"expected at least 2 angles, the final 0 included, got shape \[1\]"),
         ({"steps": 2, "angles": [1.5, 1.5, 0]}, "descend strictly"),
         ({"steps": 2, "angles": [1.5, 1.0, 0.1]}, r"at most pi/2 to 0, got \[1.5, 1.0, 0.1\]"),
         ({"steps": 1, "angles": [1.6, 0]}, "at most pi/2"),

@@ -50,7 +50,24 @@ def run(scheduler, velocity, noise, generator=None):
     ids=str,
 )
 def test_angles(settings, angles):
-    scheduler = SCMScheduler()
+    check(SCMScheduler(), settings, angles)
+
+
+@pytest.mark.parametrize(
+    ("settings", "angles"),
+    [
+        ({"num_inference_steps": 2}, [1.5, 0.6, 0]),
+        ({"num_inference_steps": 4}, [1.5, 1.1, 0.6, 0.3, 0]),
+        ({"timesteps": [1.4, 0.7, 0]}, [1.4, 0.7, 0]),
+    ],
+    ids=str,
+)
+def test_a_students_own_angles(settings, angles, tmp_path):
+    SCMScheduler(angles=[1.5, 1.1, 0.6, 0.3, 0]).save_pretrained(str(tmp_path))
+    check(SCMScheduler.from_pretrained(str(tmp_path)), settings, angles)
+
+
+def check(scheduler, settings, angles):
     scheduler.set_timesteps(**settings)
     np.testing.assert_allclose(scheduler.angles.numpy(), angles, atol=5e-6)
     levels = [flow_time(float(angle)) for angle in angles]
@@ -190,3 +207,8 @@ def test_wrong_order_of_calls():
         scheduler.step(x, t, x)
     with pytest.raises(ValueError, match="all 2 steps are taken"):
         scheduler.step(x, 0.0, x)
+
+
+def test_own_angles_are_checked():
+    with pytest.raises(ValueError, match="angles must descend strictly"):
+        SCMScheduler(angles=[1.0, 1.5, 0.0])
