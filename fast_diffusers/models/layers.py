@@ -20,6 +20,15 @@ MAX_DENSE_PIXELS = 64
 """Up to this size `GLUMBConv` runs convolutions of tokens as matrix products on CPU."""
 
 
+def is_traced_for_cpu() -> bool:
+    """Whether a program is being traced that will run on CPU, where the engines have slow kernels for some operators.
+
+    Paddle Inference's oneDNN broadcasts the last axis, and splits and joins pairs of channels, element by element.
+    Eager code, which also trains, and programs for GPUs keep the forms that are faster there.
+    """
+    return not paddle.in_dynamic_mode() and not paddle.is_compiled_with_cuda()
+
+
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
     """A linear layer that starts at zero, so that a residual branch or an output starts as the identity or zero."""
     return nn.Linear(in_features, out_features, weight_attr=nn.initializer.Constant(0.0))
@@ -68,8 +77,10 @@ class RMSNorm(nn.Layer):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         wide = at_least_float32(x)
-        wide = wide * paddle.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return wide.astype(x.dtype) * self.weight
+        rate = paddle.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        if is_traced_for_cpu():
+            rate = rate.expand_as(wide)
+        return (wide * rate).astype(x.dtype) * self.weight
 
 
 class AdaLayerNorm(nn.Layer):
@@ -158,13 +169,28 @@ def apply_rope(x: paddle.Tensor, rope: Rope) -> paddle.Tensor:
     faster on CPU; traced programs keep to real arithmetic, which every exporter and compiler takes.
     """
     cos, sin = rope
-    pairs = x.astype(cos.dtype).reshape([0, 0, 0, -1, 2])
+    wide = x.astype(cos.dtype)
+    if is_traced_for_cpu():
+        return _turn_by_product(wide, cos, sin).astype(x.dtype)
+    pairs = wide.reshape([0, 0, 0, -1, 2])
     if paddle.in_dynamic_mode():
         turned = paddle.as_real(paddle.as_complex(pairs) * paddle.complex(cos, sin))
     else:
         real, imaginary = pairs[..., 0], pairs[..., 1]
         turned = paddle.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], axis=-1)
     return turned.flatten(3).astype(x.dtype)
+
+
+def _turn_by_product(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
+    """`apply_rope` without taking pairs apart: x cos + (x with its pairs swapped) (-sin, sin).
+
+    A product with a permutation matrix swaps, exactly in any precision.
+    """
+    size = x.shape[-1]
+    swap = paddle.eye(size, dtype=x.dtype).reshape([size // 2, 2, size]).flip(1).reshape([size, size])
+    cos = paddle.stack([cos, cos], axis=-1).flatten(-2)
+    sin = paddle.stack([-sin, sin], axis=-1).flatten(-2)
+    return x * spread(cos, x) + paddle.matmul(x, swap) * spread(sin, x)
 
 
 def split_heads(x: paddle.Tensor, num_heads: int) -> paddle.Tensor:

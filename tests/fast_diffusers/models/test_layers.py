@@ -3,6 +3,7 @@ import math
 import numpy as np
 import paddle
 import pytest
+from paddle.static import InputSpec
 
 from fast_diffusers.models import layers
 
@@ -37,15 +38,51 @@ def test_rope_takes_positions_of_their_own_for_each_sample():
         np.testing.assert_allclose(turned[i], alone[0], atol=1e-6)
 
 
-def test_rope_is_the_same_in_traced_programs():
-    rope = layers.rope_tables(paddle.arange(10).astype("float32").reshape([5, 2]), axes=(4, 4))
-    x = paddle.randn([2, 5, 3, 8])
+class Traced(paddle.nn.Layer):
+    """A layer or function of tensors, traced with their first two axes free; it takes a list of them."""
 
-    def turn(x, cos, sin):
-        return layers.apply_rope(x, (cos, sin))
+    def __init__(self, function, *examples):
+        super().__init__()
+        self.function = function
+        specs = [InputSpec([None, None, *x.shape[2:]], x.dtype) for x in examples]
+        paddle.jit.to_static(self, input_spec=[specs], full_graph=True)
 
-    traced = paddle.jit.to_static(turn, full_graph=True)
-    np.testing.assert_allclose(traced(x, *rope), layers.apply_rope(x, rope), rtol=0, atol=1e-6)
+    def forward(self, tensors):
+        return self.function(*tensors)
+
+    def operators(self):
+        return {operator.name() for operator in self.forward.concrete_program.main_program.global_block().ops}
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def wheel(request, monkeypatch):
+    """Programs are traced as by a wheel for this device."""
+    if request.param == "gpu":
+        monkeypatch.setattr(paddle, "is_compiled_with_cuda", paddle.jit.not_to_static(lambda: True))
+    elif paddle.is_compiled_with_cuda():
+        pytest.skip("this wheel is for GPUs")
+    return request.param
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("float64", 1e-14)])
+def test_rope_is_the_same_in_traced_programs(wheel, samples, dtype, tolerance):
+    """One table for all samples, or one each."""
+    cos, sin = layers.rope_tables(paddle.randint(0, 9, [samples, 5, 2]), axes=(4, 6), dtype=dtype)
+    x = paddle.randn([2, 5, 3, 10], dtype)
+    traced = Traced(lambda x, cos, sin: layers.apply_rope(x, (cos, sin)), x, cos, sin)
+    np.testing.assert_allclose(traced([x, cos, sin]), layers.apply_rope(x, (cos, sin)), rtol=0, atol=tolerance)
+    assert ("pd_op.matmul" in traced.operators()) == (wheel == "cpu")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("float64", 1e-14)])
+def test_rms_norm_is_the_same_in_traced_programs(wheel, dtype, tolerance):
+    norm, x = layers.RMSNorm(10), 3 * paddle.randn([2, 5, 3, 10], dtype)
+    norm.to(dtype=dtype)
+    norm.weight.set_value(paddle.randn([10], dtype))
+    traced = Traced(norm, x)
+    np.testing.assert_allclose(traced([x]), norm(x), rtol=10 * tolerance, atol=tolerance)
+    assert ("pd_op.expand_as" in traced.operators()) == (wheel == "cpu")
 
 
 def test_rope_keeps_the_input_dtype_and_turns_in_the_tables():
