@@ -1,6 +1,23 @@
 """Where the blocks of each model family are and what flows through them: all that the caches know of a model.
 
 A new family is one entry of `FAMILIES`. The shapes in it are B batch, L image tokens, T text tokens, C channels.
+
+Compiled and exported blocks. A cache replaces `forward` of the objects in the lists that `Family.segments` names. So a
+model whose blocks run as graphs of their own, whatever runs them, can be cached if
+
+1. its own forward still calls these objects one by one, in order, with the arguments of the family's blocks (by
+   position or by name), and each has a class whose `forward` names these arguments;
+2. the streams among them are arguments and results of the graph, in the order of `BlockKind.outputs`, and what a graph
+   returns is never overwritten by a later run of it: caches keep it for several steps;
+3. what stands in for `forward` is set on the object before the cache, and taken off after it.
+
+`cinn_infer.compile(granularity="block")` is such a form. What a method needs beyond that:
+
+- blocks alone: FirstBlockTaylor, CGTaylor, SortBlock, BlockDance;
+- `BlockKind.modulated`, the block's first norm with its weights, as a layer: TeaCache, TeaBlockCache. Where a block is
+  a graph without its layers, the graph would have to return this tensor, or a small graph of its own give it;
+- sublayers that are called one by one (`Site`): TaylorSeer, PyramidAttentionBroadcast, TGate. They cannot work where a
+  block is one graph, and whoever makes the graph has to refuse them: a sublayer then has `forward` among its `vars`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -62,22 +62,26 @@ class BlockCall:
         """What the block's first attention reads, [B, L, C]; costs one norm."""
         return self.block.kind.modulated(self.block.layer, self.given)
 
-    def compute_and_read(self) -> tuple[Streams, Tensor]:
-        """`compute` and `modulated` for the price of the first, where the attention is known."""
+    def compute_and_read(self, keep: Callable[[Tensor], Tensor]) -> tuple[Streams, Tensor]:
+        """`compute`, and what `keep` makes of `modulated`: for the price of the first where the attention is known and
+        is called as a layer, which it is not in a compiled block.
+        """
         read: list[Tensor] = []
         attention = self.block.sites(self.block.kind.attention)
         if not attention:
-            return self.compute(), self.modulated()
+            return self.compute(), keep(self.modulated())
 
         def note(layer: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
-            read.append(args[0] if args else next(iter(kwargs.values())))
+            if paddle.in_dynamic_mode():  # not while the block becomes a graph
+                read.append(keep(args[0] if args else next(iter(kwargs.values()))))
 
         layer = getattr(self.block.layer, attention[0].path)
         hook = layer.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            return self.compute(), read[0]
+            streams = self.compute()
         finally:
             hook.remove()
+        return streams, read[0] if read else keep(self.modulated())
 
 
 class SiteCall:

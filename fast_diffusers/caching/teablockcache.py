@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar
 
+import paddle
 from paddle import Tensor
 
 from fast_diffusers.caching.families import Streams, Structure
@@ -20,11 +23,31 @@ from fast_diffusers.caching.method import (
     first_eighth,
     relative_change,
     residual,
-    to_host,
 )
 from fast_diffusers.caching.taylor import TaylorSeries
 from fast_diffusers.caching.teacache import AccumulatedChange, tea_polynomial, warn_of_raw_change
 from fast_diffusers.errors import UserError
+from fast_diffusers.models.layers import at_least_float32
+
+
+def own_eighth(x: Tensor) -> Tensor:
+    """The first eighth of the channels of [B, L, C], detached, in memory of its own: a view would keep all of x."""
+    return first_eighth(x).detach().contiguous()
+
+
+def relative_changes(values: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+    """`relative_change` of each row of the tensors [n, ...], float32 [n]: few kernels, however many rows."""
+
+    def mean(x: Tensor) -> Tensor:
+        return x.abs().reshape([x.shape[0], -1]).mean(axis=1)
+
+    pairs = [(at_least_float32(x), at_least_float32(y)) for x, y in zip(values, before, strict=True)]
+    return [(mean(x - y) / mean(y)).astype("float32") for x, y in pairs]
+
+
+def detached(streams: Streams) -> Streams:
+    """The same tensors without their gradient; None for a stream that ended."""
+    return tuple(None if x is None else x.detach() for x in streams)
 
 
 class TeaBlockCacheState(BranchState):
@@ -36,9 +59,11 @@ class TeaBlockCacheState(BranchState):
         self.governed = range(config.cache_start, len(structure.blocks))
         self.rules = {index: AccumulatedChange(config.threshold, coefficients) for index in self.governed}
         self.gate = AccumulatedChange(config.threshold, coefficients)
-        self.read: dict[int, Tensor] = {}
+        self.reads: list[Tensor] = []  # of the governed blocks so far in this step
+        self.before: list[Tensor] = []  # those of the last step in which blocks ran; blocks of one shape together
+        self.changes: list[Tensor] = []  # from the step before that to it, on the device, until the next decision
         self.gate_read: Tensor | None = None
-        self.changes: dict[int, Tensor] = {}  # on the device, since the last decision
+        self.flows: dict[int, tuple[Streams, Streams]] = {}  # in and out of blocks whose residual nobody has asked for
         self.residuals: dict[int, Streams] = {}
         self.final = TaylorSeries(config.taylor_order or 0)
         self.reused: set[int] = set()
@@ -52,48 +77,58 @@ class TeaBlockCacheState(BranchState):
             return (self.final.predict(self.step.index), *call.streams[1:]) if call.is_last else call.streams
         index, inputs = call.block.index, call.streams
         if index in self.reused:
-            self._measure(index, call.modulated())
-            streams = add(inputs, self.residuals[index])
+            self.reads.append(own_eighth(call.modulated()))
+            streams = add(inputs, self._residual(index))
         elif index in self.governed:
-            streams, read = call.compute_and_read()
-            self._measure(index, read)
-            self.residuals[index] = residual(streams, inputs)
+            streams, read = call.compute_and_read(own_eighth)
+            self.reads.append(read)
+            self.flows[index] = detached(inputs), detached(streams)
+            self.residuals.pop(index, None)
         else:
             streams = call.compute()
-        if call.is_last and self.config.taylor_order is not None:
-            self.final.update(self.step.index, streams[0])
+        if call.is_last:
+            self._measure()
+            if self.config.taylor_order is not None:
+                self.final.update(self.step.index, streams[0])
         return streams
 
-    def _measure(self, index: int, modulated: Tensor) -> None:
-        read = first_eighth(modulated).detach()
-        if index in self.read:
-            self.changes[index] = relative_change(read, self.read[index])
-        self.read[index] = read
+    def _measure(self) -> None:
+        """All changes of a step at once: block by block they would take longer than all else that is done here."""
+        reads = [paddle.stack(list(alike)) for _, alike in groupby(self.reads, key=lambda x: x.shape)]
+        self.changes = relative_changes(reads, self.before) if self.before else []
+        self.before, self.reads = reads, []
+
+    def _residual(self, index: int) -> Streams:
+        """What a block added when it was last computed. Taken only here, as most of what is computed is never reused;
+        what flows out of a block flows into the next, so that until then not more is kept.
+        """
+        if index in self.flows:
+            inputs, outputs = self.flows.pop(index)
+            self.residuals[index] = residual(outputs, inputs)
+        return self.residuals[index]
 
     def _decide(self, call: BlockCall) -> None:
         """All decisions of a step, from one transfer."""
-        indices, scalars = list(self.changes), list(self.changes.values())
-        gated = self.config.taylor_order is not None
+        known, gated = bool(self.changes), self.config.taylor_order is not None
+        parts, self.changes = self.changes, []
+        gate_before = self.gate_read
         if gated:
-            read, before = call.modulated().detach(), self.gate_read
-            self.gate_read = read
-            if before is not None:
-                scalars.append(relative_change(read, before))
-        values = to_host(scalars)
-        change = dict(zip(indices, values[: len(indices)], strict=True))
-        self.changes = {}
+            self.gate_read = call.modulated().detach()
+            if gate_before is not None:
+                parts = [*parts, relative_change(self.gate_read, gate_before).reshape([1])]
+        values = paddle.concat(parts).tolist() if parts else []
+        change = dict(zip(self.governed, values, strict=False)) if known else {}
         inside = self.config.step_start <= self.step.noise_level <= self.config.step_end
         forced = self.count == 0 or not inside or self.step.is_last
         self.extrapolating = gated and self.gate.reuse(
-            values[-1] if len(values) > len(indices) else 0.0,
+            values[-1] if gate_before is not None else 0.0,
             forced or self.count < self.config.first_enhance or not self.final,
         )
         self.reused = set()
         if self.extrapolating:
             return
         for index, rule in self.rules.items():
-            unknown = index not in change or index not in self.residuals
-            if rule.reuse(change.get(index, 0.0), forced or unknown):
+            if rule.reuse(change.get(index, 0.0), forced or not known):
                 self.reused.add(index)
 
 

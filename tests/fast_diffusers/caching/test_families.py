@@ -1,5 +1,7 @@
 """The descriptions of the families say what the models do."""
 
+import copy
+
 import numpy as np
 import paddle
 import pytest
@@ -7,6 +9,7 @@ from paddle import nn
 
 from fast_diffusers.caching import TeaCache, cache_stats, disable_cache, enable_cache
 from fast_diffusers.caching.families import FAMILIES, FLUX_TEA_COEFFICIENTS, Structure, family_of
+from fast_diffusers.caching.intercept import Interceptor
 from fast_diffusers.caching.method import BranchState
 from fast_diffusers.errors import UserError
 
@@ -17,7 +20,7 @@ class Probe(BranchState):
     seen = 0
 
     def block(self, call):
-        streams, read = call.compute_and_read()
+        streams, read = call.compute_and_read(lambda x: x)
         np.testing.assert_allclose(call.modulated(), read, rtol=1e-5, atol=1e-6)
         Probe.seen += 1
         return streams
@@ -115,3 +118,31 @@ def test_a_model_without_its_blocks(family):
 
     with pytest.raises(UserError, match=f"this Bare has no {attribute}: caches need its blocks as separate layers"):
         Structure.of(Bare())
+
+
+BLOCKS_ALONE = ("FirstBlockTaylor", "CGTaylor", "SortBlock", "BlockDance")
+
+
+@pytest.mark.parametrize("method", [*BLOCKS_ALONE, "TeaCache", "TeaBlockCache"], indirect=True)
+@pytest.mark.parametrize("family", ["flux", "sana"], indirect=True)
+def test_blocks_that_run_as_graphs_of_their_own(family, method, sample):
+    """A block whose layers are not called, as in a graph, is cached as the block is."""
+    enable_cache(family.model, method.active)
+    expected = sample(family).numpy()
+    disable_cache(family.model)
+    blocks = [block.layer for block in Structure.of(family.model).blocks]
+    graphs = {id(block): copy.deepcopy(block) for block in blocks}
+
+    def run(block):
+        return lambda original, args, kwargs: graphs[id(block)](*args, **kwargs)
+
+    pieces = [Interceptor(block, "forward", run(block)) for block in blocks]
+    enable_cache(family.model, method.active)
+    try:
+        result = sample(family).numpy()
+    finally:
+        stats = disable_cache(family.model)
+        for piece in pieces:
+            piece.remove()
+    np.testing.assert_array_equal(result, expected)
+    assert sum(stats.reused.values()) > 0
