@@ -14,12 +14,14 @@ test: lint
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# Training steps and forward-mode differentiation, as ratios measured side by side. docs/performance.md has the figures.
+# Training steps, forward-mode differentiation and inference, measured side by side. docs/performance.md has the figures.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/mnist_step.py
 	$(BIN)/python benchmarks/jvp.py
 	$(BIN)/python benchmarks/load_memory.py
+	$(BIN)/python -m fast_diffusers.cli bench infer --preset digits
+	$(BIN)/python -m fast_diffusers.cli bench infer --preset flux-block
 
 # docs/support.md, from the tests that exist.
 support: $(INSTALLED)
@@ -32,7 +34,7 @@ lint: $(INSTALLED)
 # The variable, unlike the option -c, also reaches the environments in which packages without a wheel are built.
 $(INSTALLED): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,export]"
 	touch $@
 
 clean:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import paddle
@@ -22,6 +23,9 @@ CINN_FLAGS: Mapping[str, bool] = {
 }
 """What PaddlePaddle's own scripts set beside `to_static(backend="CINN")`: decompose operators into primitive ones, with
 free axes too, and fuse and schedule these; one kernel for a range of sizes rather than one for each."""
+
+KERNEL_CACHE_FLAGS = ("FLAGS_enable_cinn_kernel_cache", "FLAGS_cinn_kernel_cache_save_path")
+"""CINN's own cache of compiled kernels on disk: whether it is used (by default not), and its folder."""
 
 HOW_TO_GET_CINN = (
     "install a GPU wheel of PaddlePaddle, whose Linux builds contain it: "
@@ -67,22 +71,33 @@ def uses_cinn(static: Any) -> bool:
 
 
 def known_flags() -> dict[str, Any]:
-    """The values of those of `CINN_FLAGS` that this wheel knows; some come and go with versions."""
+    """The values of those of CINN's flags that this wheel knows; some come and go with versions."""
     found: dict[str, Any] = {}
-    for name in CINN_FLAGS:
+    for name in (*CINN_FLAGS, *KERNEL_CACHE_FLAGS):
         with contextlib.suppress(ValueError):
             found |= paddle.get_flags([name])
     return found
 
 
+def wanted_flags(cache: Path | None) -> dict[str, Any]:
+    """What CINN's flags should be; its kernels are kept beside the programs, or not at all without a folder."""
+    if cache is None:
+        return {**CINN_FLAGS, "FLAGS_enable_cinn_kernel_cache": False}
+    return {**CINN_FLAGS, **dict(zip(KERNEL_CACHE_FLAGS, (True, f"{cache.parent / 'kernels'}/"), strict=True))}
+
+
 @contextlib.contextmanager
-def flags(backend: str) -> Iterator[None]:
-    """Within the block, Paddle's flags are those that the backend needs; for tracing and for every run."""
+def flags(backend: str, cache: Path | None = None) -> Iterator[None]:
+    """Within the block, Paddle's flags are those that the backend needs; for tracing and for every run.
+
+    Args:
+        cache: the folder of programs, see `wanted_flags`.
+    """
     if backend != "cinn":
         yield
         return
     before = known_flags()
-    paddle.set_flags({name: CINN_FLAGS[name] for name in before})
+    paddle.set_flags({name: value for name, value in wanted_flags(cache).items() if name in before})
     try:
         yield
     finally:

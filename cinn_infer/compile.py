@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import paddle
 from paddle import nn
 
-from cinn_infer import backends, shapes, units
+from cinn_infer import backends, fingerprint, program_cache, shapes, units
 from cinn_infer.calls import Call
+from cinn_infer.program_cache import ProgramCache
+from cinn_infer.programs import Program, UnstorableError
 from fast_diffusers.errors import UserError
 from fast_diffusers.lora.layers import LoRALinear
 
@@ -26,11 +29,13 @@ BLOCKS = ("transformer_blocks", "single_transformer_blocks", "noise_refiner", "c
 
 @dataclass
 class Graph:
-    """A traced method with what it cost: seconds of tracing and of its first run, which prepares the execution."""
+    """A traced method with what it cost: seconds of tracing (or of reading the program from disk, where an earlier
+    process had traced it) and of its first run, which prepares the execution."""
 
-    unit: units.Unit
+    program: Program
     axes: Sequence[shapes.Axes]
     trace_seconds: float
+    is_restored: bool
     first_run_seconds: float = 0.0
     runs: int = 0
 
@@ -42,13 +47,16 @@ class CompiledModel:
         target: the pipeline or model; it runs compiled by itself, until `restore`.
         backend_used: "cinn", "pir" or "eager".
         fallbacks: what could not be done as asked, in words; for example axes that had to be fixed.
-        recompilations: graphs made because a method was called with other sizes, constants or adapters.
+        recompilations: graphs made because a method was called with other sizes, constants or adapters than at its
+            first call; those that were asked for as buckets do not count.
+        cache: programs on disk, with `hits`, `misses` and why some could not be kept (`skipped`).
     """
 
-    def __init__(self, target: Any, model: nn.Layer, backend: str, granularity: str):
+    def __init__(self, target: Any, model: nn.Layer, backend: str, granularity: str, cache: ProgramCache):
         self.target, self.model, self.backend_used, self.granularity = target, model, backend, granularity
         self.fallbacks: list[str] = []
         self.recompilations = 0
+        self.cache = cache
         self._methods = (
             [] if backend == "eager" else [CompiledMethod(self, *each) for each in _places(model, granularity)]
         )
@@ -77,6 +85,12 @@ class CompiledModel:
             "compile_seconds": self.compile_seconds,
             "recompilations": self.recompilations,
             "fallbacks": list(self.fallbacks),
+            "cache": {
+                "directory": str(self.cache.directory) if self.cache.directory else None,
+                "hits": self.cache.hits,
+                "misses": self.cache.misses,
+                "skipped": list(self.cache.skipped),
+            },
         }
 
     def restore(self) -> None:
@@ -114,12 +128,12 @@ class CompiledMethod:
         graph = self._graph(original, call, told, adapters)
         tensors = units.inputs(call, told)[1]
         started = time.perf_counter()
-        with backends.flags(self.owner.backend_used):
-            result = graph.unit(tensors)
+        with backends.flags(self.owner.backend_used, self.owner.cache.directory):
+            result = graph.program(tensors)
         if graph.runs == 0:
             graph.first_run_seconds = time.perf_counter() - started
         graph.runs += 1
-        return graph.unit.structure.fill(result)
+        return graph.program.structure.fill(result)
 
     def _graph(self, original: Callable, call: Call, told: Any, adapters: tuple) -> Graph:
         """The graph for a call, traced if there is none yet."""
@@ -144,22 +158,73 @@ class CompiledMethod:
         raise AssertionError("unreachable")
 
     def _traced(self, original: Callable, call: Call, told: Any, axes: Sequence[shapes.Axes]) -> Graph:
+        """The program from disk, or else traced now and kept there."""
         started = time.perf_counter()
-        backend = self.owner.backend_used
-        with backends.flags(backend):
-            unit = units.trace(self.layer, original, call, axes, backends.translator_backend(backend), told)
-        if backend == "cinn" and not backends.uses_cinn(unit.forward):
-            raise UserError("Paddle traced the model but ran without CINN, which it dropped: ask for backend='pir'")
-        return Graph(unit, axes, time.perf_counter() - started)
+        backend, cache = self.owner.backend_used, self.owner.cache
+        with backends.flags(backend, cache.directory):
+            key = self._disk_key(original, call, told, axes)
+            program = self._restored(key)
+            is_restored = program is not None
+            if program is None:
+                unit = units.trace(self.layer, original, call, axes, backends.translator_backend(backend), told)
+                if backend == "cinn" and not backends.uses_cinn(unit.forward):
+                    raise UserError(
+                        "Paddle traced the model but ran without CINN, which it dropped: ask for backend='pir'"
+                    )
+                program = Program.of(unit)
+                self._keep(key, program)
+        return Graph(program, axes, time.perf_counter() - started, is_restored)
+
+    def _disk_key(self, original: Callable, call: Call, told: Any, axes: Sequence[shapes.Axes]) -> str | None:
+        """What names the program on disk; None if it is not kept there."""
+        cache = self.owner.cache
+        if cache.directory is None:
+            return None
+        names, tensors = units.inputs(call, told)
+        adapters = [(name, scale) for name, scale, _ in self._adapters()]
+        facts = [original.__name__, call.constants, names, axes, [str(each.dtype) for each in tensors], adapters]
+        try:
+            return fingerprint.fingerprint(self.layer, [*facts, told is not None, self.owner.backend_used])
+        except fingerprint.UnknownError as error:
+            cache.skip(str(error))
+            return None
+
+    def _restored(self, key: str | None) -> Program | None:
+        """The program on disk with this layer's parameters; None, and a miss, if there is none that can be used."""
+        cache = self.owner.cache
+        if key is None:
+            return None
+        stored = cache.get(key)
+        if stored is not None:
+            try:
+                program = Program.restored(stored, self.layer, backends.translator_backend(self.owner.backend_used))
+                cache.found(key)
+                return program
+            except (KeyError, ValueError, RuntimeError):
+                pass  # written by something else; it is replaced
+        cache.misses += 1
+        return None
+
+    def _keep(self, key: str | None, program: Program) -> None:
+        if key is not None:
+            try:
+                self.owner.cache.put(key, program.stored(self.layer))
+            except UnstorableError as error:
+                self.owner.cache.skip(str(error))
 
     def _adapters(self) -> tuple:
         """What tells graphs of different LoRA adapters apart. UserError if a cache acts inside this graph."""
         running: tuple = ()
         for layer in self._inner:
             if "forward" in vars(layer):
+                remedy = (
+                    "take another caching method, as this one skips parts of blocks, or backend='eager'"
+                    if self.owner.granularity == "block"
+                    else "call disable_cache, compile with granularity='block', then enable_cache again"
+                )
                 raise UserError(
                     f"a cache acts inside {type(self.layer).__name__}, which runs as one graph, so that it would do "
-                    "nothing: call disable_cache, compile with granularity='block', then enable_cache again"
+                    f"nothing: {remedy}"
                 )
             if not running and isinstance(layer, LoRALinear):
                 running = tuple(
@@ -169,12 +234,18 @@ class CompiledMethod:
         return running
 
 
-def compile(pipe_or_model: Any, backend: str = "auto", granularity: str = "model") -> CompiledModel:
+def compile(
+    pipe_or_model: Any,
+    backend: str = "auto",
+    granularity: str = "model",
+    buckets: Sequence[Mapping[str, Any]] = (),
+    cache: str | PathLike | bool = True,
+) -> CompiledModel:
     """Let a pipeline's transformer, or a model, run as static graphs from its next call on, for inference.
 
     Arguments, results and LoRA adapters stay as they are, schedulers and guidance stay in Python. A graph is traced
     when a method is first called, and again for calls of other sizes (where the model's axes are not free), constants
-    or adapters.
+    or adapters. What was traced is kept on disk and read from there by later processes; see `fingerprint` for when.
 
     Args:
         pipe_or_model: a pipeline with a `transformer`, of this package or of ppdiffusers, or an nn.Layer.
@@ -182,6 +253,12 @@ def compile(pipe_or_model: Any, backend: str = "auto", granularity: str = "model
             can run and static graphs elsewhere. `backend_used` of the result says which it is.
         granularity: "model", all of the transformer is one graph; "loop", its loops over blocks are; "block", every
             block is one, which lets caches act between them.
+        buckets: arguments of calls that are made now, so that later ones of these sizes wait for no compiler: those
+            that differ in an axis that is not free (height and width; for Z-Image also the prompt's length). A pipeline
+            makes one step without decoding unless they say otherwise. Other calls are compiled when they come, and
+            counted in `recompilations`.
+        cache: a folder for traced programs; True, the folder that FAST_DIFFUSERS_CACHE names (none if that is "off"),
+            or else the user's cache folder; False, none.
 
     Raises:
         UserError: an unknown argument, CINN where it cannot run, a model that is compiled already or runs in a cache;
@@ -205,7 +282,28 @@ def compile(pipe_or_model: Any, backend: str = "auto", granularity: str = "model
                     "granularity='block', then enable_cache again"
                 )
     model.eval()
-    return CompiledModel(pipe_or_model, model, used, granularity)
+    directory = program_cache.folder() if cache is True else cache or None
+    compiled = CompiledModel(pipe_or_model, model, used, granularity, ProgramCache(directory))
+    try:
+        for bucket in buckets:
+            _fill(pipe_or_model, bucket)
+    except BaseException:
+        compiled.restore()
+        raise
+    compiled.recompilations = 0
+    return compiled
+
+
+def _fill(pipe_or_model: Any, bucket: Mapping[str, Any]) -> None:
+    """Make the call of a bucket, as short as it can be."""
+    if isinstance(pipe_or_model, nn.Layer):
+        with paddle.no_grad():
+            pipe_or_model(**bucket)
+        return
+    defaults: dict[str, Any] = {"num_inference_steps": 1, "output_type": "latent"}
+    if not {"prompt", "prompt_embeds"} & set(bucket):
+        defaults["prompt"] = "0" if "num_classes" in pipe_or_model.config else "a photo of a cat"
+    pipe_or_model(**defaults | bucket)
 
 
 def _places(model: nn.Layer, granularity: str) -> Iterator[tuple[nn.Layer, str]]:

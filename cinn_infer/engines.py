@@ -1,86 +1,134 @@
-"""What runs exported graphs: Paddle Inference on CPU."""
+"""What runs exported graphs: which runtimes there are, which are installed, and what each can do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import paddle
 
+from cinn_infer import backends
+from cinn_infer.engine_onnxruntime import OnnxRuntimeEngine
+from cinn_infer.engine_openvino import OpenVINOEngine, has_bfloat16
+from cinn_infer.engine_paddle import ONEDNN_MODELS, PaddleEngine, runs_on_gpu
 from fast_diffusers.compat import openmp_threads, usable_cores
 from fast_diffusers.errors import UserError
 
-PRECISIONS = ("fp32", "bf16")
+__all__ = ["ENGINES", "PRECISIONS", "RUNTIMES", "Engine", "OnnxRuntimeEngine", "OpenVINOEngine", "PaddleEngine"]
 
-BF16_MODELS = frozenset({"FluxTransformer2DModel", "SanaTransformer2DModel", "SD3Transformer2DModel"})
-"""Transformers whose graphs are right in Paddle Inference's oneDNN, which computes bfloat16."""
+RUNTIMES = ("paddle", "onnxruntime", "openvino")
+PRECISIONS = ("fp32", "bf16", "int8")
+"""Of the transformer; other models run in fp32. int8 is that of weights: what is computed with them is float32."""
+
+CAN: Mapping[str, tuple[str, ...]] = {
+    "paddle": ("fp32", "bf16"),
+    "onnxruntime": ("fp32",),
+    "openvino": ("fp32", "bf16", "int8"),
+}
+"""Precisions of each runtime."""
+
+FORMAT: Mapping[str, str] = {"paddle": "paddle", "onnxruntime": "onnx", "openvino": "onnx"}
+"""What each runtime opens."""
+
+TITLES: Mapping[str, str] = {"paddle": "Paddle Inference", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
-class PaddleEngine:
-    """A graph in Paddle Inference.
+class Engine(Protocol):
+    """A graph that is ready to run.
 
-    `inplace_pass` is left out. With it, as by default, the predictor of 3.0 to 3.3.1 writes a unary operator's result
-    over its input although another operator still reads that: cos and sin of one angle come out wrong, silently.
-
-    oneDNN runs `BF16_MODELS` in bf16 and nothing else. In 3.3.1 it has no kernel for the interpolation of VAE decoders
-    (an error at the first run), the outputs of ppdiffusers' SD3 transformer are wrong, Qwen-Image's transformer
-    corrupts memory in it, and in fp32 Paddle's own kernels are faster.
+    `Engine(files, names, precision, threads, model)`: its files, the names of its inputs in order, one of `PRECISIONS`,
+    CPU threads and the class name of the model that it was made from.
     """
-
-    def __init__(self, files: Sequence[Path], names: Sequence[str], precision: str, threads: int, model: str):
-        from paddle import inference
-
-        graph, weights = map(str, files)
-        config = inference.Config(graph, weights)
-        config.disable_glog_info()
-        config.enable_new_ir(True)
-        config.enable_new_executor(True)
-        config.enable_memory_optim()
-        config.delete_pass("inplace_pass")
-        config.disable_gpu()
-        config.set_cpu_math_library_num_threads(threads)
-        if precision == "bf16" and model in BF16_MODELS:
-            config.enable_mkldnn_bfloat16()
-        else:
-            config.disable_mkldnn()
-        self._predictor = inference.create_predictor(config)
-        own = list(self._predictor.get_input_names())
-        if sorted(own) != sorted(names):
-            raise UserError(f"{graph} takes {own}, its manifest says {list(names)}: export again")
-        self._inputs = [self._predictor.get_input_handle(name) for name in names]
-        self._outputs = [self._predictor.get_output_handle(name) for name in self._predictor.get_output_names()]
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Outputs of the graph for inputs in the order of `names`."""
-        for handle, array in zip(self._inputs, inputs, strict=True):
-            handle.copy_from_cpu(np.ascontiguousarray(array))
-        before = openmp_threads()
-        self._predictor.run()
-        if before is not None:
-            paddle.base.core.set_num_threads(before)  # the predictor leaves the process with one thread
-        return [handle.copy_to_cpu() for handle in self._outputs]
 
 
-def require(runtime: str) -> None:
-    """UserError unless the runtime is Paddle Inference."""
-    if runtime not in ("auto", "paddle"):
+ENGINES: Mapping[str, type[Engine]] = {
+    "paddle": PaddleEngine,
+    "onnxruntime": OnnxRuntimeEngine,
+    "openvino": OpenVINOEngine,
+}
+
+
+def installed() -> tuple[str, ...]:
+    """Those of `RUNTIMES` that can be imported; Paddle Inference always is."""
+    return tuple(name for name in RUNTIMES if name == "paddle" or find_spec(name) is not None)
+
+
+def require(runtime: str, precision: str, model: str) -> None:
+    """UserError unless the runtime is there and runs a transformer of class `model` in this precision."""
+    if runtime not in RUNTIMES:
+        raise UserError(f"runtime must be auto or one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    if precision not in CAN[runtime]:
+        able = [name for name in RUNTIMES if precision in CAN[name]]
         raise UserError(
-            f"runtime must be auto or paddle, which is Paddle Inference, got {runtime!r}: for another one "
-            "export with format='onnx' and open the .onnx file there"
+            f"{TITLES[runtime]} runs {' and '.join(CAN[runtime])} here, not {precision}: "
+            f"load with runtime={' or '.join(map(repr, able))}, or in another precision"
         )
+    if runtime not in installed():
+        raise UserError(f'{TITLES[runtime]} is not installed: pip install "fast-diffusers[export]"')
+    if precision == "int8" and find_spec("nncf") is None:
+        raise UserError("precision='int8' needs NNCF, which is not installed: pip install \"fast-diffusers[export]\"")
+    if precision == "bf16":
+        _require_bf16(runtime, model)
 
 
-def require_bf16(model: str) -> None:
-    """UserError unless a transformer of this class runs in bfloat16 on this processor."""
-    if model not in BF16_MODELS:
+def require_cinn(runtime: str) -> None:
+    """UserError unless Paddle's compiler can run in this runtime, here."""
+    if runtime != "paddle":
+        raise UserError(f"cinn=True is for runtime='paddle', not {runtime!r}")
+    if missing := backends.missing_for_cinn():
+        raise UserError(f"cinn=True cannot run: {missing}; {backends.HOW_TO_GET_CINN}")
+
+
+def _require_bf16(runtime: str, model: str) -> None:
+    if runtime == "paddle" and runs_on_gpu():
+        return
+    if runtime == "paddle" and model not in ONEDNN_MODELS:
         raise UserError(
-            f"precision='bf16' is there for {', '.join(sorted(BF16_MODELS))}, not for {model}: load it in fp32"
+            f"Paddle Inference runs {', '.join(sorted(ONEDNN_MODELS))} in bf16, not {model}: "
+            "load it in fp32, or with runtime='openvino'"
         )
-    if not paddle.base.core.supports_bfloat16():
-        raise UserError("precision='bf16' needs a processor with AVX-512, which this one is without: load in fp32")
+    able = paddle.base.core.supports_bfloat16() if runtime == "paddle" else has_bfloat16()
+    if not able:
+        raise UserError(
+            f"precision='bf16' of {TITLES[runtime]} needs a processor with AVX-512, which this one is without: "
+            "load in fp32"
+        )
 
 
 def default_threads() -> int:
     """Threads of a runtime when none are asked for: those that Paddle uses, or else all cores."""
     return openmp_threads() or usable_cores()
+
+
+def open_engine(
+    runtime: str,
+    files: Sequence[Path],
+    names: Sequence[str],
+    precision: str,
+    threads: int,
+    model: str,
+    cinn: bool = False,
+) -> Engine:
+    """The engine of a graph; `cinn` is for Paddle Inference only.
+
+    Raises:
+        UserError: the runtime does not open these files.
+    """
+    try:
+        return ENGINES[runtime](files, names, precision, threads, model, **({"cinn": True} if cinn else {}))
+    except UserError:
+        raise
+    except Exception as error:  # the runtimes raise classes of their own
+        raise UserError(f"{TITLES[runtime]} does not open {files[0]}: {last_line(error)}") from error
+
+
+def last_line(error: Exception) -> str:
+    """The end of a message, which in Paddle's and OpenVINO's is what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
@@ -20,10 +20,10 @@ import paddle
 from paddle import nn
 from safetensors.numpy import save_file
 
-from cinn_infer import shapes, units
+from cinn_infer import engines, onnx_files, shapes, units
 from cinn_infer.calls import Call, Structure
+from cinn_infer.graphs import Graphs
 from cinn_infer.manifest import CHECK_FILE, FILE, GraphEntry, Manifest, _fingerprint
-from cinn_infer.runtime import Graphs
 from fast_diffusers import __version__, lora, target_time
 from fast_diffusers.errors import UserError
 from fast_diffusers.lora.layers import find_set
@@ -36,10 +36,6 @@ from fast_diffusers.pipelines.components import index_entry, save_component
 from fast_diffusers.random import Generator
 
 FORMATS = ("paddle", "onnx")
-ONNX_MODELS = frozenset(
-    {"FluxTransformer2DModel", "SanaTransformer2DModel", "SD3Transformer2DModel"}  # also that of ppdiffusers
-)
-"""Transformers that paddle2onnx 2.1.0 can write; CLIP and T5 end the process in it."""
 TOLERANCE = 1e-4
 LONG_PROMPT = "cat" + " cat" * 511
 """512 tokens, Qwen-Image's `max_sequence_length`."""
@@ -92,9 +88,9 @@ def export(
     Args:
         pipe: one of this package, in float32.
         directory: a folder that is new, empty or an export, which is replaced.
-        format: "paddle", what `load` opens; or "onnx", which adds the transformer of FLUX, SD3 or SANA as an ONNX file
-            of up to 2 GB that has passed the onnx package's checker, for a runtime of your own. check.safetensors holds
-            inputs and eager outputs to compare it with.
+        format: "paddle", for Paddle Inference; or "onnx", which adds ONNX files for ONNX Runtime and OpenVINO that
+            have passed the onnx package's checker and, where ONNX Runtime is installed, the self-check in it. Models
+            but the transformer may go without: the manifest says why, and `load` runs them in Paddle Inference.
         calls: arguments of the pipeline's call, such as height and width; prompt and steps have defaults. The text
             encoder of Qwen-Image takes prompts up to the length of the longest one here.
         tolerance: of the self-check, see `Manifest`.
@@ -112,16 +108,20 @@ def export(
             folder = Path(temporary) / "export"
             graphs, checks = [], {}
             for each in _distinct(recorded):
-                graph, check = _save(each, folder, len(graphs), format)
+                graph, check = _save(each, folder, len(graphs))
                 checks |= {f"{len(graphs)}.{name}": array for name, array in check.items()}
                 graphs.append(graph)
             if way is not None:
                 way.save(folder)
             save_file(checks, folder / CHECK_FILE)
+            if format == "onnx":
+                graphs = _with_onnx(graphs, folder)
             manifest = _describe(pipe, graphs, tolerance)
             _save_parts(pipe, manifest, folder)
             manifest.write(folder)
             Graphs(manifest, folder).self_check()  # before anyone relies on it
+            if format == "onnx" and "onnxruntime" in engines.installed():
+                _drop_wrong(manifest, folder)
             shutil.rmtree(directory, ignore_errors=True)
             folder.rename(directory)
     return manifest
@@ -130,17 +130,11 @@ def export(
 def _check_format(format: str, pipe: Pipeline) -> None:
     if format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if format == "paddle":
-        return
-    if (name := type(pipe.transformer).__name__) not in ONNX_MODELS:
-        raise UserError(f"format='onnx' is there for {', '.join(sorted(ONNX_MODELS))}, not for {name}")
-    try:
-        import onnx  # noqa: F401
-        import paddle2onnx  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "format='onnx' needs the packages onnx and paddle2onnx: pip install onnx paddle2onnx==2.1.0"
-        ) from error
+    if format == "onnx":
+        onnx_files.require()
+        size = sum(weight.size * weight.element_size() for weight in pipe.transformer.parameters())
+        if reason := onnx_files.too_large(size):
+            raise UserError(f"format='onnx' is not possible for this transformer: {reason}; export with 'paddle'")
 
 
 def _check(pipe: Any, directory: Path, calls: Sequence[Mapping[str, Any]]) -> None:
@@ -241,11 +235,12 @@ def _distinct(recorded: Sequence[Recorded]) -> Iterator[Recorded]:
             yield each
 
 
-def _save(each: Recorded, directory: Path, index: int, format: str) -> tuple[GraphEntry, dict[str, np.ndarray]]:
+def _save(each: Recorded, directory: Path, index: int) -> tuple[GraphEntry, dict[str, np.ndarray]]:
     """Trace and write one graph; also the inputs and eager outputs of its self-check, of other sizes than traced."""
     axes = shapes.axes(each.layer, each.names, each.tensors)
     inputs = shapes.resized([tensor.numpy() for tensor in each.tensors], axes)
-    unit = units.trace(each.layer, each.original, each.call, axes, told=each.told)
+    with _four_axes(each.layer):
+        unit = units.trace(each.layer, each.original, each.call, axes, told=each.told)
     stem = f"{each.component}/{each.method}-{index}"
     try:
         with units.tracing(), paddle.no_grad(), unit._telling:
@@ -254,8 +249,6 @@ def _save(each: Recorded, directory: Path, index: int, format: str) -> tuple[Gra
     except Exception as error:
         raise UserError(f"{each.component}.{each.method} cannot be exported: {units.explained(error)}") from error
     files = {"paddle": (f"{stem}.json", _shared(directory, f"{stem}.pdiparams"))}
-    if format == "onnx" and each.component == "transformer":
-        files["onnx"] = (_to_onnx(directory, files["paddle"], stem),)
     entry = GraphEntry(
         component=each.component,
         method=each.method,
@@ -270,6 +263,23 @@ def _save(each: Recorded, directory: Path, index: int, format: str) -> tuple[Gra
     return entry, check | {f"output.{i}": np.ascontiguousarray(array) for i, array in enumerate(outputs)}
 
 
+@contextlib.contextmanager
+def _four_axes(layer: nn.Layer) -> Iterator[None]:
+    """Within the block, group norms of [B, C, N], as in VAEs, run on [B, C, N, 1], which paddle2onnx needs."""
+
+    def run(original: Any, args: tuple, kwargs: dict) -> paddle.Tensor:
+        x = args[0]
+        return original(x.unsqueeze(-1)).squeeze(-1) if x.ndim == 3 else original(x)
+
+    norms = [each for each in layer.sublayers() if isinstance(each, nn.GroupNorm)]
+    hooks = [units.Interceptor(norm, "forward", run) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _shared(directory: Path, weights: str) -> str:
     """The weights' file, or another one of the folder that holds the same; the new one is then removed."""
     own = _fingerprint(directory / weights)
@@ -280,37 +290,42 @@ def _shared(directory: Path, weights: str) -> str:
     return weights
 
 
-def _to_onnx(directory: Path, files: Sequence[str], stem: str) -> str:
-    import onnx
-    import paddle2onnx
+def _with_onnx(graphs: Sequence[GraphEntry], directory: Path) -> list[GraphEntry]:
+    """The entries with their ONNX files, or with the reason why they have none. UserError for a transformer without."""
+    jobs = {}
+    for graph in graphs:
+        paths = [directory / name for name in graph.files["paddle"]]
+        jobs[id(graph)] = onnx_files.Job(*paths, paths[0].with_suffix(".onnx"))
+    failed = onnx_files.write(list(jobs.values()))
 
-    target = f"{stem}.onnx"
-    try:
-        paddle2onnx.export(
-            *(str(directory / file) for file in files), str(directory / target), opset_version=17, optimize_tool="None"
-        )
-        if (directory / target).is_file():
-            _mend_onnx(directory / target)
-            onnx.checker.check_model(str(directory / target), full_check=True)
-    except (Exception, SystemExit) as error:  # paddle2onnx exits where it cannot go on
-        raise UserError(f"{stem} cannot be written as ONNX: {units.explained(error)}") from error
-    if not (directory / target).is_file():
-        raise UserError(f"{stem} cannot be written as ONNX: paddle2onnx wrote no file, its messages say why")
-    return target
+    def entry(graph: GraphEntry) -> GraphEntry:
+        target = jobs[id(graph)].target
+        if reason := failed.get(target):
+            if graph.component == "transformer":
+                raise UserError(f"{graph.title} cannot be written as ONNX: {reason}")
+            return replace(graph, lacking={"onnx": reason})
+        return replace(graph, files={**graph.files, "onnx": (target.relative_to(directory).as_posix(),)})
+
+    return [entry(graph) for graph in graphs]
 
 
-def _mend_onnx(path: Path) -> None:
-    """Sizes of -1 that paddle2onnx 2.1.0 gives to Expand become 1: in Paddle -1 keeps an axis, in ONNX 1 does."""
-    import onnx
-
-    model = onnx.load(path)
-    shapes = {node.input[1] for node in model.graph.node if node.op_type == "Expand"}
-    constants = [node for node in model.graph.node if node.op_type == "Constant" and node.output[0] in shapes]
-    values = [attribute.t for node in constants for attribute in node.attribute if attribute.name == "value"]
-    for value in [*values, *(each for each in model.graph.initializer if each.name in shapes)]:
-        sizes = onnx.numpy_helper.to_array(value)
-        value.CopyFrom(onnx.numpy_helper.from_array(np.where(sizes == -1, 1, sizes), value.name))
-    onnx.save(model, path)
+def _drop_wrong(manifest: Manifest, directory: Path) -> None:
+    """Run ONNX files in ONNX Runtime; those with wrong outputs are removed. UserError for one of a transformer."""
+    graphs, kept = Graphs(manifest, directory, "onnxruntime"), []
+    for case in graphs.cases():
+        graph = case[0]
+        try:
+            graphs.check(*case)
+        except UserError as error:
+            if graph.component == "transformer":
+                raise
+            for name in graph.files.pop("onnx"):
+                (directory / name).unlink()
+            graph = replace(graph, lacking={"onnx": str(error)})
+        kept.append(graph)
+    if kept != manifest.graphs:
+        manifest.graphs = kept
+        manifest.write(directory)
 
 
 def _describe(pipe: Pipeline, graphs: list[GraphEntry], tolerance: float) -> Manifest:
@@ -321,7 +336,7 @@ def _describe(pipe: Pipeline, graphs: list[GraphEntry], tolerance: float) -> Man
         for name, model in models.items()
     }
     versions = {"fast_diffusers": __version__, "paddle": paddle.__version__, "python": platform.python_version()}
-    for package in ("ppdiffusers", "paddle2onnx"):
+    for package in ("ppdiffusers", "onnx", "paddle2onnx"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     settings = set(inspect.signature(type(pipe).__init__).parameters) & set(pipe.config) - set(pipe.component_types)

@@ -25,7 +25,8 @@ class GraphEntry:
         constants: the arguments beside the tensors, see `cinn_infer.calls.Call`.
         inputs: (name, dtype, axes) of every tensor; an axis is a size or the name of a free one.
         outputs: layout of the result, see `cinn_infer.calls.Structure`.
-        files: of each format, relative to the folder.
+        files: of each format, relative to the folder; the first is the graph.
+        lacking: why there are none of a format that was asked for.
     """
 
     component: str
@@ -34,6 +35,7 @@ class GraphEntry:
     inputs: tuple[tuple[str, str, tuple[str | int, ...]], ...]
     outputs: Any
     files: Mapping[str, tuple[str, ...]]
+    lacking: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:

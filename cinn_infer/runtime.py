@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -13,20 +11,17 @@ from typing import Any, NoReturn
 import numpy as np
 import paddle
 from paddle import nn
-from safetensors.numpy import load_file
 
 import fast_diffusers.pipelines  # noqa: F401  (defines the classes)
-from cinn_infer import engines, shapes, units
+from cinn_infer import choice, engines, shapes, units
 from cinn_infer.calls import Call, Structure
-from cinn_infer.manifest import CHECK_FILE, FILE, GraphEntry, Manifest
+from cinn_infer.graphs import Graphs, require
+from cinn_infer.manifest import FILE, GraphEntry, Manifest
 from fast_diffusers import target_time
 from fast_diffusers.errors import UserError
 from fast_diffusers.models.checkpoint_io import read_json
 from fast_diffusers.pipelines.base import Pipeline
 from fast_diffusers.pipelines.components import CLASSES, load_component
-
-BF16_TOLERANCE = 0.1
-"""Root mean square error of a graph in bf16, relative to that of its outputs, above which something is wrong."""
 
 REFUSED = (
     "load_lora_weights",
@@ -40,119 +35,31 @@ REFUSED = (
 """Methods of pipelines that need the weights."""
 
 
-class Graphs:
-    """The graphs of an export, in Paddle Inference; each is opened when it is first run.
-
-    Attributes:
-        precision, threads: how they run.
-        seconds: time spent in each graph so far, by "component.method".
-    """
-
-    def __init__(self, manifest: Manifest, directory: Path, precision: str = "fp32", threads: int | None = None):
-        self.manifest, self.directory, self.precision = manifest, directory, precision
-        self.threads = engines.default_threads() if threads is None else threads
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.runs: defaultdict[str, int] = defaultdict(int)
-        self._engines: dict[int, engines.PaddleEngine] = {}
-
-    def engine(self, graph: GraphEntry) -> engines.PaddleEngine:
-        """What runs a graph."""
-        index = self.manifest.graphs.index(graph)
-        if index not in self._engines:
-            files = [self.directory / name for name in graph.files["paddle"]]
-            try:
-                self._engines[index] = engines.PaddleEngine(
-                    files, graph.graph_names, self.precision, self.threads, self.manifest.models[graph.component]
-                )
-            except (RuntimeError, OSError) as error:
-                raise UserError(
-                    f"Paddle Inference does not open {files[0]}: {str(error).strip().splitlines()[-1]}"
-                ) from error
-        return self._engines[index]
-
-    def run(self, graph: GraphEntry, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Outputs of a graph."""
-        engine = self.engine(graph)
-        started = time.perf_counter()
-        outputs = engine.run(inputs)
-        self.seconds[graph.title] += time.perf_counter() - started
-        self.runs[graph.title] += 1
-        return outputs
-
-    def self_check(self) -> float:
-        """The largest difference to the eager outputs, relative to the largest of these (at least 1).
-
-        Raises:
-            UserError: it is more than the export allows.
-        """
-        worst = 0.0
-        for graph, inputs, expected in self.cases():
-            try:
-                outputs = self.engine(graph).run(inputs)
-            except (RuntimeError, ValueError) as error:  # NotImplementedError is the former
-                if isinstance(error, UserError):
-                    raise
-                reason = str(error).strip().splitlines()[-1]
-                raise UserError(f"{graph.title} does not run in Paddle Inference: {reason}") from error
-            for output, truth in zip(outputs, expected, strict=True):
-                error, limit = self._error(output, truth)
-                if not error <= limit:
-                    raise UserError(
-                        f"{graph.title} of {self.directory} differs by {error:.1e} from the eager output in "
-                        f"{self.precision}, more than {limit:g}: do not use it; export again with the versions that "
-                        "are installed"
-                    )
-                worst = max(worst, error)
-        return worst
-
-    def cases(self) -> list[tuple[GraphEntry, list[np.ndarray], list[np.ndarray]]]:
-        """(graph, inputs, eager outputs) of the self-check."""
-        arrays = load_file(self.directory / CHECK_FILE)
-        return [
-            (graph, *(_numbered(arrays, f"{index}.{kind}.") for kind in ("input", "output")))
-            for index, graph in enumerate(self.manifest.graphs)
-        ]
-
-    def _error(self, output: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-        """(error, what is allowed)."""
-        if output.shape != truth.shape:
-            return float("inf"), self.manifest.tolerance
-        difference = output.astype("float64") - truth
-        if self.precision == "bf16":
-            scale = np.sqrt(np.square(truth.astype("float64")).mean()) or 1.0
-            return float(np.sqrt(np.square(difference).mean()) / scale), BF16_TOLERANCE
-        return float(
-            np.abs(difference).max(initial=0) / max(1.0, np.abs(truth).max(initial=0))
-        ), self.manifest.tolerance
-
-    def report(self) -> dict[str, Any]:
-        """What ran how often and how long, for JSON."""
-        return {
-            "runtime": "paddle",
-            "precision": self.precision,
-            "threads": self.threads,
-            "seconds": dict(self.seconds),
-            "runs": dict(self.runs),
-        }
-
-
 def load(
-    directory: str | PathLike, runtime: str = "auto", precision: str = "fp32", threads: int | None = None
+    directory: str | PathLike,
+    runtime: str = "auto",
+    precision: str = "fp32",
+    threads: int | None = None,
+    cinn: bool = False,
 ) -> Pipeline:
     """Open what `cinn_infer.export` wrote, after checking its files and its outputs.
 
     Args:
         directory: the folder.
-        runtime: "paddle", Paddle Inference on CPU, which is also what "auto" stands for: there is no other so far.
-        precision: "fp32", or "bf16" for the transformers of FLUX, SD3 and SANA; other models run in fp32 beside them.
+        runtime: "paddle", Paddle Inference; "onnxruntime" or "openvino", if the export has ONNX files; or "auto", the
+            one that runs the transformer fastest, see `choice.choose`. Models without an ONNX file run in Paddle
+            Inference beside the others.
+        precision: of the transformer; other models run in fp32. "fp32"; "bf16" in OpenVINO, or in Paddle Inference for
+            FLUX, SD3 and SANA; "int8" weights in OpenVINO.
         threads: CPU threads; None is what Paddle uses.
+        cinn: let Paddle's compiler run the graphs of runtime="paddle" on a GPU.
 
     Returns:
         A pipeline of the exported one's class, with its call. `pipe.graphs` holds what runs, and the time it took.
 
     Raises:
-        UserError: missing, altered or unreadable files, another runtime, a precision that cannot run here, or outputs
-            that are wrong.
+        UserError: missing, altered or unreadable files, a runtime that is not installed or that the export has no files
+            for, a precision that cannot run here, or outputs that are wrong.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -161,13 +68,16 @@ def load(
         raise UserError(f"precision must be one of {', '.join(engines.PRECISIONS)}, got {precision!r}")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UserError(f"threads must be a positive integer, got {threads!r}")
+    if cinn:
+        engines.require_cinn(runtime)
     manifest = Manifest.read(directory)
     manifest.verify(directory)
-    engines.require(runtime)
-    if precision == "bf16":
-        engines.require_bf16(manifest.models["transformer"])
-    graphs = Graphs(manifest, directory, precision, threads)
-    graphs.self_check()
+    if runtime == "auto":
+        graphs = choice.choose(manifest, directory, precision, threads)
+    else:
+        require(manifest, directory, runtime, precision)
+        graphs = Graphs(manifest, directory, runtime, precision, threads, cinn)
+        graphs.self_check()
     return _pipeline(manifest, directory, graphs)
 
 
@@ -279,8 +189,3 @@ def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
 
 def _shown(constants: str) -> str:
     return constants if len(constants) < 300 else constants[:297] + "..."
-
-
-def _numbered(arrays: Mapping[str, np.ndarray], prefix: str) -> list[np.ndarray]:
-    count = sum(name.startswith(prefix) for name in arrays)
-    return [arrays[f"{prefix}{i}"] for i in range(count)]

@@ -1,4 +1,4 @@
-"""The `fast-diffusers` command: demo, train, sample, eval, convert, doctor."""
+"""The `fast-diffusers` command: demo, train, sample, eval, export, bench, convert, doctor."""
 
 from __future__ import annotations
 
@@ -15,14 +15,32 @@ import paddle
 
 from fast_diffusers import __version__, doctor
 from fast_diffusers.errors import UserError
+from fast_diffusers.model_arguments import add_option, add_student_arguments, open_student
 
-# Imported when called: this package does not depend on distill.
-TRAINERS = {
-    "flux-lightning": "distill.train_flux_lightning",
-    "twinflow": "distill.train_twinflow",
-    "teacher": "distill.train_teacher",
+# Module and help. Imported when called: this package does not depend on the others.
+SCRIPTS = {
+    "demo": ("distill.demo", "distil, evaluate and draw the embedded digits in minutes"),
+    "eval": ("distill.evaluate", "measure a student against its teacher and real data"),
+    "export": ("cinn_infer.export_command", "write a pipeline as graphs for deployment"),
 }
-SCRIPTS = {"demo": "distill.demo", "eval": "distill.evaluate"}
+GROUPS = {
+    "train": (
+        "train a teacher or a few-step student",
+        {
+            "flux-lightning": ("distill.train_flux_lightning", "distil a flow model into a few-step LoRA student"),
+            "sana-sprint": ("distill.train_sana_sprint", "distil by sCM and LADD: a SANA told its guidance, or a LoRA"),
+            "twinflow": ("distill.train_twinflow", "train an any-step student by TwinFlow or RCGM"),
+            "teacher": ("distill.train_teacher", "train a small FLUX teacher from scratch"),
+        },
+    ),
+    "bench": (
+        "measure backends or caches on this machine",
+        {
+            "infer": ("cinn_infer.benchmark", "what can run a model here, side by side"),
+            "cache": ("distill.bench_cache", "time against quality of training-free caches"),
+        },
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _dispatch(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "train":
-        return _run_script(TRAINERS[arguments.method], f"train {arguments.method}", rest)
     if arguments.command in SCRIPTS:
-        return _run_script(SCRIPTS[arguments.command], arguments.command, rest)
+        return _run_script(SCRIPTS[arguments.command][0], arguments.command, rest)
+    if arguments.command in GROUPS:
+        module, _ = GROUPS[arguments.command][1][arguments.what]
+        return _run_script(module, f"{arguments.command} {arguments.what}", rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return {"sample": sample, "convert": convert, "doctor": diagnose}[arguments.command](arguments)
@@ -59,14 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    commands.add_parser("demo", add_help=False, help="distil, evaluate and draw the embedded digits in minutes")
-    train = commands.add_parser("train", help="train a teacher or a few-step student")
-    methods = train.add_subparsers(dest="method", required=True, metavar="METHOD")
-    methods.add_parser("flux-lightning", add_help=False, help="distil a flow model into a few-step LoRA student")
-    methods.add_parser("twinflow", add_help=False, help="train an any-step student by TwinFlow or RCGM")
-    methods.add_parser("teacher", add_help=False, help="train a small FLUX teacher from scratch")
+    for command, (_, text) in SCRIPTS.items():
+        commands.add_parser(command, add_help=False, help=text)
+    for command, (text, scripts) in GROUPS.items():
+        choices = commands.add_parser(command, help=text).add_subparsers(dest="what", required=True, metavar="WHAT")
+        for name, (_, help) in scripts.items():
+            choices.add_parser(name, add_help=False, help=help)
     _add_sample_arguments(commands.add_parser("sample", help="generate images", allow_abbrev=False))
-    commands.add_parser("eval", add_help=False, help="measure a student against its teacher and real data")
     _add_convert_arguments(
         commands.add_parser(
             "convert", help="rewrite a pipeline, model or LoRA in Paddle's or diffusers' layout", allow_abbrev=False
@@ -78,14 +96,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-    add = partial(_add_option, parser)
+    add = partial(add_option, parser)
     add("model", default="digits", metavar="DIR", help="pipeline folder, or a shipped one (default: %(default)s)")
     add("prompt", action="append", required=True, help="what to draw; repeat for several")
-    add("lora", metavar="PATH", help="LoRA file, or folder with one, to add to the model")
-    add("lora_scale", type=float, default=1.0, help="strength of the LoRA (default: %(default)s)")
-    add("lora_alpha", type=float, help="alpha of a LoRA file that does not store it")
-    add("num_phases", type=int, help="follow the phase boundaries of a student trained with this many (default: none)")
-    add("num_cells", type=int, default=100, help="cells of that student's solver grid (default: %(default)s)")
+    add_student_arguments(parser)
     add("steps", type=int, default=4, help="number of sampling steps (default: %(default)s)")
     add("guidance_scale", type=float, default=3.5, help="strength of the guidance (default: %(default)s)")
     add("num_images", type=int, default=1, help="images per prompt (default: %(default)s)")
@@ -97,7 +111,7 @@ def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    add = partial(_add_option, parser)
+    add = partial(add_option, parser)
     parser.add_argument("source", metavar="SOURCE", help="folder of a pipeline or model, or LoRA file")
     parser.add_argument("target", metavar="TARGET", help="what to write: a new folder, or LoRA file")
     add("layout", required=True, choices=["paddle", "diffusers"], help="of what is written")
@@ -108,28 +122,15 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with every name in it")
 
 
-def _add_option(parser: argparse.ArgumentParser, name: str, **settings) -> None:
-    """An option that may be spelled with underscores or hyphens."""
-    parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **settings)
-
-
 def sample(arguments: argparse.Namespace) -> int:
     """Generate images and write `image-000.png`, ...; images of one prompt are neighbours."""
-    from fast_diffusers.pipelines.shipped import open_pipeline
     from fast_diffusers.random import Generator
-    from fast_diffusers.schedulers import PhasedConsistencyScheduler
 
     if arguments.num_images < 1:
         raise UserError(f"--num_images must be positive, got {arguments.num_images}")
     if arguments.seed < 0:
         raise UserError(f"--seed must not be negative, got {arguments.seed}")
-    pipe = open_pipeline(arguments.model, arguments.dtype)
-    if arguments.lora is not None:
-        pipe.load_lora_weights(arguments.lora, alpha=arguments.lora_alpha)
-        pipe.fuse_lora(arguments.lora_scale)
-    if arguments.num_phases is not None:
-        grid = {"num_phases": arguments.num_phases, "num_cells": arguments.num_cells}
-        pipe.scheduler = PhasedConsistencyScheduler.from_config(dict(pipe.scheduler.config) | grid)
+    pipe = open_student(arguments.model, arguments, arguments.dtype)
     count = len(arguments.prompt) * arguments.num_images
     images = pipe(
         arguments.prompt,
@@ -175,7 +176,11 @@ def diagnose(arguments: argparse.Namespace) -> int:
 def _run_script(module: str, command: str, argv: list[str]) -> int:
     """Run `main(argv)` of a module as the script itself does; its own parser reads and explains the arguments."""
     sys.argv[0] = f"fast-diffusers {command}"  # argparse takes the program's name from here
-    importlib.import_module("distill.commands").run(importlib.import_module(module).main, argv)
+    run = importlib.import_module(module).main
+    if module.startswith("distill."):  # which can be stopped, and resumed
+        importlib.import_module("distill.commands").run(run, argv)
+    else:
+        run(argv)
     return 0
 
 

@@ -13,6 +13,14 @@ SHARED = Path(os.environ.get("FAST_DIFFUSERS_SHARED", Path(__file__).parents[2] 
 """Folder of reference files that are not part of the repository."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_cache_of_the_user():
+    """Neither read nor written; tests of what is kept there name a folder."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("FAST_DIFFUSERS_CACHE", "off")
+        yield
+
+
 def _shared_folder(*parts: str) -> Path:
     path = SHARED.joinpath(*parts)
     if not path.is_dir():

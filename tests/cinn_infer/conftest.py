@@ -6,14 +6,17 @@ from pathlib import Path
 
 import paddle
 import pytest
+from ppdiffusers import FlowMatchEulerDiscreteScheduler as PPDiffusersScheduler
+from ppdiffusers import StableDiffusion3Pipeline as PPDiffusersPipeline
 from ppdiffusers.models.transformer_sd3 import SD3Transformer2DModel as PPDiffusersSD3
 
+import cinn_infer
 from fast_diffusers.conditioning import Cond
 from fast_diffusers.denoisers import denoiser_for
-from fast_diffusers.models import AutoencoderDC, SanaTransformer2DModel
+from fast_diffusers.models import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel
 from fast_diffusers.models import SD3Transformer2DModel as OurSD3
-from fast_diffusers.pipelines import SanaLabelPipeline, SanaPipeline, StableDiffusion3Pipeline
-from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from fast_diffusers.pipelines import SanaLabelPipeline, SanaPipeline, SanaSprintPipeline, StableDiffusion3Pipeline
+from fast_diffusers.schedulers import FlowMatchEulerDiscreteScheduler, SCMScheduler
 from fast_diffusers.text_encoders import Gemma2Model, GemmaTokenizer
 
 
@@ -26,6 +29,7 @@ def _module(*parts):
 
 
 tiny = _module("fast_diffusers", "pipelines", "conftest.py")
+caching = _module("fast_diffusers", "caching", "conftest.py")
 text_assets, sd3, qwen, z, qwen_tokenizer = tiny.text_assets, tiny.sd3, tiny.qwen, tiny.z, tiny.qwen_tokenizer
 
 SANA = dict(
@@ -46,7 +50,7 @@ def sana_transformer(**config):
     return tiny.moved(SanaTransformer2DModel(**SANA | config), 1)
 
 
-def sana_pipeline(text_assets):
+def sana_pipeline(text_assets, kind=SanaPipeline, scheduler=None, **config):
     paddle.seed(2)
     vae = AutoencoderDC(
         latent_channels=4,
@@ -66,9 +70,8 @@ def sana_pipeline(text_assets):
     tokenizer = GemmaTokenizer.from_pretrained(text_assets / "gemma2" / "tokenizer")
     encoder = Gemma2Model(vocab_size=450, num_key_value_heads=1, head_dim=8, sliding_window=8, **sizes)
     parts = dict(tokenizer=tokenizer, text_encoder=tiny.moved(encoder, 3, 0.3), vae=tiny.moved(vae, 4))
-    return tiny.quiet(
-        SanaPipeline(transformer=sana_transformer(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts)
-    )
+    scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return tiny.quiet(kind(transformer=sana_transformer(**config), scheduler=scheduler, **parts))
 
 
 def sana_label_pipeline():
@@ -143,6 +146,43 @@ def make_pipeline(request, text_assets):
 
 
 @pytest.fixture
+def sprint(text_assets):
+    """With a ControlNet."""
+    options = dict(guidance_embeds=True, qk_norm="rms_norm_across_heads", num_layers=2)
+    pipe = sana_pipeline(text_assets, SanaSprintPipeline, SCMScheduler(), **options)
+    controlnet = tiny.moved(SanaControlNetModel.from_transformer(pipe.transformer, num_layers=1), 5)
+    return tiny.quiet(SanaSprintPipeline(**pipe.components | {"controlnet": controlnet}))
+
+
+@pytest.fixture
+def ppdiffusers_sd3_pipeline():
+    """(a function that makes latents, ppdiffusers' own StableDiffusion3Pipeline)."""
+    paddle.seed(0)
+    model = tiny.moved(PPDiffusersSD3(**tiny.SD3), 1)
+    names = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3", "vae"]
+    pipe = tiny.quiet(PPDiffusersPipeline(model, PPDiffusersScheduler(), **dict.fromkeys(names)))
+    text, pooled = paddle.randn([1, 5, 32]), paddle.randn([1, 24])
+    embeds = dict(
+        prompt_embeds=text,
+        negative_prompt_embeds=-text,
+        pooled_prompt_embeds=pooled,
+        negative_pooled_prompt_embeds=-pooled,
+        latents=paddle.randn([1, 4, 4, 4]),
+    )
+
+    def generate(**options):
+        return pipe(height=32, width=32, guidance_scale=3.0, output_type="latent", **embeds, **options).images
+
+    return generate, pipe
+
+
+@pytest.fixture
+def cached():
+    """Families, settings of every caching method, and the loop over steps that the tests of caches have."""
+    return caching
+
+
+@pytest.fixture
 def flux():
     return flux_family()
 
@@ -160,3 +200,12 @@ def sana_label():
 @pytest.fixture(scope="session")
 def make_sana_label():
     return sana_label_pipeline
+
+
+@pytest.fixture(scope="session")
+def onnx_export(tmp_path_factory):
+    """Folder of an exported label pipeline, with ONNX files; not to be changed."""
+    pytest.importorskip("paddle2onnx", reason="the extra [export] is not installed")
+    folder = tmp_path_factory.mktemp("onnx_export") / "pipeline"
+    cinn_infer.export(sana_label_pipeline(), folder, "onnx")
+    return folder

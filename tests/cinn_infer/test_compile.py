@@ -1,13 +1,15 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 
 import cinn_infer
-from cinn_infer import backends
+from cinn_infer import units
 from fast_diffusers import lora, target_time
-from fast_diffusers.caching import FirstBlockTaylor, disable_cache, enable_cache
+from fast_diffusers.caching import FirstBlockTaylor, cache_stats, disable_cache, enable_cache
 from fast_diffusers.denoisers import denoiser_for
 from fast_diffusers.errors import UserError
 from fast_diffusers.random import Generator
@@ -43,6 +45,57 @@ def test_pipeline_is_called_as_usual(sana_label):
     assert compiled.backend_used == "pir" and compiled.target is sana_label
     np.testing.assert_allclose(sana_label(**call, generator=Generator(0)).images, truth, atol=1e-5)
     np.testing.assert_allclose(compiled(**call, generator=Generator(0)).images, truth, atol=1e-5)
+    assert compiled.graph_count == 1
+    compiled.restore()
+
+
+def test_buckets_are_compiled_at_once(sana_label):
+    call = dict(prompt=["3", "5"], num_inference_steps=2, output_type="np")
+    truth = sana_label(**call, generator=Generator(0)).images
+    compiled = cinn_infer.compile(sana_label, "pir", buckets=[dict(), dict(prompt=["1"])])
+    assert (compiled.graph_count, compiled.recompilations) == (1, 0)  # the batch is free
+    np.testing.assert_allclose(sana_label(**call, generator=Generator(0)).images, truth, atol=1e-5)
+    assert (compiled.graph_count, compiled.recompilations) == (1, 0)
+
+
+def test_buckets_of_a_model_and_sizes_outside_of_them(sana):
+    def call(height):
+        paddle.seed(height)
+        sizes = dict(hidden_states=[1, 4, height, 4], encoder_hidden_states=[1, 3, 24])
+        return {name: paddle.randn(shape) for name, shape in sizes.items()} | {"timestep": paddle.ones([1])}
+
+    compiled = cinn_infer.compile(sana.model, "pir", buckets=[call(2), call(4)])
+    assert (compiled.graph_count, compiled.recompilations) == (2, 0)
+    for height, graphs, recompilations in [(4, 2, 0), (6, 3, 1)]:
+        found = sana.model(**call(height))[0]
+        assert (compiled.graph_count, compiled.recompilations) == (graphs, recompilations)
+        with units.tracing():
+            np.testing.assert_allclose(found, sana.model(**call(height))[0], atol=1e-5)
+
+
+def test_a_bucket_that_fails_leaves_the_model_as_it_was(sana):
+    with pytest.raises(TypeError):
+        cinn_infer.compile(sana.model, "pir", buckets=[{"no_such_argument": 1}])
+    cinn_infer.compile(sana.model, "pir").restore()
+
+
+def test_sana_sprint_with_a_control_image(sprint):
+    image = np.random.default_rng(1).random([16, 16, 3])
+    call = dict(prompt="a cat", height=16, width=16, output_type="latent", max_sequence_length=12)
+    calls = [call | dict(control_image=image), call | dict(guidance_scale=2.0)]
+    truth = [sprint(**each, generator=Generator(0)).images.numpy() for each in calls]
+    assert np.abs(truth[0] - truth[1]).max() > 1e-3
+    compiled = cinn_infer.compile(sprint, "pir")
+    for each, expected in zip(calls, truth, strict=True):
+        np.testing.assert_allclose(sprint(**each, generator=Generator(0)).images, expected, atol=1e-4)
+    assert compiled.graph_count == 2  # with and without what the ControlNet adds
+
+
+def test_pipeline_of_ppdiffusers(ppdiffusers_sd3_pipeline):
+    generate, pipe = ppdiffusers_sd3_pipeline
+    truth = generate(num_inference_steps=2).numpy()
+    compiled = cinn_infer.compile(pipe, "pir")
+    np.testing.assert_allclose(generate(num_inference_steps=2), truth, atol=1e-5)
     assert compiled.graph_count == 1
     compiled.restore()
 
@@ -117,6 +170,48 @@ def test_caches_act_between_compiled_blocks_only(flux):
     assert compiled.graph_count == 2
 
 
+METHODS = (
+    "TeaCache",
+    "TeaBlockCache",
+    "SortBlock",
+    "FirstBlockTaylor",
+    "TaylorSeer",
+    "CGTaylor",
+    "BlockDance",
+    "PyramidAttentionBroadcast",
+    "TGate",
+)
+INSIDE_BLOCKS = ("TaylorSeer", "PyramidAttentionBroadcast", "TGate")
+"""Methods that skip parts of blocks, which are inside of graphs."""
+
+
+@pytest.mark.parametrize("name", ["flux", "sana"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cache_gives_with_compiled_blocks_what_it_gives_without(cached, name, method, tmp_path_factory):
+    family = replace(cached.FAMILY_CASES[name])  # with a model of its own
+    if method in INSIDE_BLOCKS:
+        compiled = cinn_infer.compile(family.model, "pir", "block")
+        enable_cache(family.model, cached.ACTIVE[method])
+        with pytest.raises(UserError, match=r"acts inside .*Block, .*take another caching method"):
+            cached.euler(family)
+        disable_cache(family.model)
+        compiled.restore()
+        return
+    images = []
+    programs = tmp_path_factory.getbasetemp() / "programs"  # all methods use the same graphs
+    for backend in ("eager", "pir"):
+        compiled = cinn_infer.compile(family.model, backend, "block", cache=programs)
+        enable_cache(family.model, cached.ACTIVE[method])
+        images.append(cached.euler(family).numpy())
+        stats = cache_stats(family.model)
+        assert sum(stats.reused.values()) > 0
+        images.append(stats.computed)
+        disable_cache(family.model)
+        compiled.restore()
+    np.testing.assert_allclose(images[0], images[2], atol=2e-5)
+    assert images[1] == images[3]
+
+
 def test_eager_changes_nothing(flux):
     truth = flux.predict().numpy()
     compiled = cinn_infer.compile(flux.model, "eager")
@@ -140,66 +235,39 @@ def test_bad_requests(flux):
         cinn_infer.compile(flux.model)
 
 
-def test_what_does_not_trace_is_named_with_its_line():
-    class Odd(paddle.nn.Layer):
-        def forward(self, x):
-            if not paddle.in_dynamic_mode():
-                raise NotImplementedError("this operator has no static form")
-            return x
-
-    cinn_infer.compile(odd := Odd(), "pir")
-    with pytest.raises(UserError, match=r"Odd.forward does not trace .*test_compile\.py.*line \d+"):
-        odd(paddle.ones([2]))
+class Branching(paddle.nn.Layer):
+    def forward(self, x):
+        if x.mean() > 0:
+            return 2 * x
+        return x - 1
 
 
-class TestCinn:
-    """Up to the compiler's call: it needs a GPU wheel."""
+class Filtering(paddle.nn.Layer):
+    def forward(self, x):
+        kept = [each for each in (x, -x) if each.mean() > 0]  # Paddle does not translate conditions in here
+        return sum(kept)
 
-    def test_missing_is_an_error_that_says_how_to_get_it(self, flux):
-        if backends.missing_for_cinn() is None:
-            pytest.skip("CINN is here")
-        with pytest.raises(UserError, match=r"cannot run: .*pip install paddlepaddle-gpu"):
-            cinn_infer.compile(flux.model, "cinn")
-        assert backends.choose("auto") == "pir"
 
-    def test_missing_device(self, monkeypatch):
-        monkeypatch.setattr(paddle, "is_compiled_with_cinn", lambda: True)
-        monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
-        monkeypatch.setattr(paddle, "get_device", lambda: "cpu")
-        with pytest.raises(UserError, match="Paddle runs on cpu"):
-            backends.choose("cinn")
+class Unsupported(paddle.nn.Layer):
+    def forward(self, x):
+        if not paddle.in_dynamic_mode():
+            raise NotImplementedError("this operator has no static form")
+        return x
 
-    @pytest.mark.parametrize(("granularity", "graphs"), [("model", 1), ("loop", 2)])
-    def test_compiler_is_called(self, flux, monkeypatch, granularity, graphs):
-        called, known = [], {"FLAGS_use_cinn": False, "FLAGS_prim_all": False}
-        state = dict(known)
-        to_static = paddle.jit.to_static
 
-        def compiler(unit, **options):
-            called.append(options | {"flags": dict(state)})
-            return to_static(unit, **options | {"backend": None})
+def test_a_branch_on_a_tensor_becomes_part_of_the_graph():
+    model = Branching()
+    compiled = cinn_infer.compile(model, "pir")
+    for sign in (1, -1):
+        x = sign * paddle.ones([2])
+        np.testing.assert_array_equal(model(x), 2 * x if sign > 0 else x - 1)
+    assert compiled.graph_count == 1
 
-        monkeypatch.setattr(backends, "missing_for_cinn", lambda: None)
-        monkeypatch.setattr(backends, "uses_cinn", lambda static: True)
-        monkeypatch.setattr(backends, "known_flags", lambda: known)
-        monkeypatch.setattr(paddle, "set_flags", state.update)
-        monkeypatch.setattr(paddle.jit, "to_static", compiler)
-        compiled = cinn_infer.compile(flux.model, granularity=granularity)
-        truth = flux.predict().numpy()
-        assert compiled.backend_used == "cinn" and compiled.graph_count == len(called) == graphs
-        for options in called:
-            assert options["backend"] == "CINN" and options["full_graph"] is True
-            assert options["flags"] == {"FLAGS_use_cinn": True, "FLAGS_prim_all": True}
-            assert None in options["input_spec"][0][0].shape or -1 in options["input_spec"][0][0].shape
-        assert state == known  # as before
-        compiled.restore()
-        np.testing.assert_allclose(truth, flux.predict(), atol=1e-5)
 
-    def test_silent_fallback_of_the_translator_is_an_error(self, flux, monkeypatch):
-        if backends.missing_for_cinn() is None:
-            pytest.skip("CINN is here")
-        monkeypatch.setattr(backends, "missing_for_cinn", lambda: None)
-        monkeypatch.setattr(backends, "known_flags", dict)
-        cinn_infer.compile(flux.model, "cinn")
-        with pytest.raises(UserError, match="ran without CINN"):
-            flux.predict()
+@pytest.mark.parametrize(("kind", "code"), [(Filtering, "kept = ["), (Unsupported, "raise NotImplementedError")])
+def test_what_does_not_trace_is_named_with_its_line(kind, code):
+    lines = Path(__file__).read_text().splitlines()
+    line = next(i for i, text in enumerate(lines, 1) if text.strip().startswith(code))
+    cinn_infer.compile(model := kind(), "pir")
+    with pytest.raises(UserError, match=rf"{kind.__name__}.forward does not trace .*test_compile\.py.*line {line}\b"):
+        model(paddle.ones([2]))

@@ -51,7 +51,14 @@ def script(monkeypatch):
 
 
 class TestDispatch:
-    @pytest.mark.parametrize("module", [*cli.TRAINERS.values(), *cli.SCRIPTS.values()])
+    @pytest.mark.parametrize(
+        "module",
+        [
+            module
+            for scripts in [cli.SCRIPTS, *(group for _, group in cli.GROUPS.values())]
+            for module, _ in scripts.values()
+        ],
+    )
     def test_modules_exist(self, module):
         assert importlib.util.find_spec(module) is not None
 
@@ -59,7 +66,11 @@ class TestDispatch:
         ("command", "module"),
         [
             (["train", "flux-lightning"], "distill.train_flux_lightning"),
+            (["train", "sana-sprint"], "distill.train_sana_sprint"),
             (["train", "teacher"], "distill.train_teacher"),
+            (["export"], "cinn_infer.export_command"),
+            (["bench", "infer"], "cinn_infer.benchmark"),
+            (["bench", "cache"], "distill.bench_cache"),
             (["eval"], "distill.evaluate"),
             (["demo"], "distill.demo"),
         ],
@@ -103,7 +114,8 @@ class TestDispatch:
         assert capsys.readouterr().err == "interrupted\n"
 
     @pytest.mark.parametrize(
-        "arguments", [(), ("paint",), ("train",), ("train", "gan"), ("doctor", "--fast"), ("sample",)]
+        "arguments",
+        [(), ("paint",), ("train",), ("train", "gan"), ("bench",), ("bench", "all"), ("doctor", "--fast"), ("sample",)],
     )
     def test_usage(self, arguments, capsys):
         assert run(*arguments) == 2

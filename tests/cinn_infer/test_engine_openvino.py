@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper, save
+
+from cinn_infer import check, engines
+from fast_diffusers.errors import UserError
+
+FREQUENCIES = np.exp(-np.linspace(0, 9, 16, dtype="float32"))
+
+
+def test_angles_are_not_rounded(tmp_path):
+    """Of time, up to 1000: bfloat16 has steps of 4 there, and OpenVINO by itself gives other waves altogether."""
+    try:
+        engines.require("openvino", "bf16", "FluxTransformer2DModel")
+    except UserError as error:
+        pytest.skip(str(error))
+    weight = np.random.default_rng(0).standard_normal((16, 16)).astype("float32")
+    nodes = [
+        helper.make_node("Mul", ["t", "frequencies"], ["angle"]),
+        helper.make_node("Sin", ["angle"], ["wave"]),
+        helper.make_node("MatMul", ["wave", "weight"], ["out"]),
+    ]
+    ends = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", size])]
+        for name, size in (("t", 1), ("out", 16))
+    ]
+    constants = {"frequencies": FREQUENCIES, "weight": weight}
+    weights = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "time", *ends, weights)
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "time.onnx")
+    engine = engines.open_engine("openvino", [tmp_path / "time.onnx"], ["t"], "bf16", 1, "FluxTransformer2DModel")
+    t = np.float32([[999.3], [541.7]])
+    truth = np.sin(t * FREQUENCIES) @ weight
+    assert 1e-4 < check.error(engine.run([t])[0], truth, "bf16") < 0.01
