@@ -254,9 +254,9 @@ def compile(
         granularity: "model", all of the transformer is one graph; "loop", its loops over blocks are; "block", every
             block is one, which lets caches act between them.
         buckets: arguments of calls that are made now, so that later ones of these sizes wait for no compiler: those
-            that differ in an axis that is not free (height and width; for Z-Image also the prompt's length). A pipeline
-            makes one step without decoding unless they say otherwise. Other calls are compiled when they come, and
-            counted in `recompilations`.
+            that differ in an axis that is not free, such as height and width. A pipeline makes one step without
+            decoding unless they say otherwise. Other calls are compiled when they come, and counted in
+            `recompilations`.
         cache: a folder for traced programs; True, the folder that FAST_DIFFUSERS_CACHE names (none if that is "off"),
             or else the user's cache folder; False, none.
 

@@ -27,7 +27,6 @@ from cinn_infer.manifest import CHECK_FILE, FILE, GraphEntry, Manifest, _fingerp
 from fast_diffusers import __version__, lora, target_time
 from fast_diffusers.errors import UserError
 from fast_diffusers.lora.layers import find_set
-from fast_diffusers.models import ZImageTransformer2DModel
 from fast_diffusers.models.base import PretrainedModel
 from fast_diffusers.models.checkpoint_io import write_text
 from fast_diffusers.pipelines import QwenImagePipeline
@@ -100,7 +99,7 @@ def export(
     """
     directory = Path(directory)
     _check(pipe, directory, calls)
-    _check_format(format, pipe)
+    _check_format(format)
     with _fused(pipe.transformer) as way:
         recorded = [each for arguments in calls for each in _record(pipe, arguments)]
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -127,14 +126,11 @@ def export(
     return manifest
 
 
-def _check_format(format: str, pipe: Pipeline) -> None:
+def _check_format(format: str) -> None:
     if format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if format == "onnx":
         onnx_files.require()
-        size = sum(weight.size * weight.element_size() for weight in pipe.transformer.parameters())
-        if reason := onnx_files.too_large(size):
-            raise UserError(f"format='onnx' is not possible for this transformer: {reason}; export with 'paddle'")
 
 
 def _check(pipe: Any, directory: Path, calls: Sequence[Mapping[str, Any]]) -> None:
@@ -143,12 +139,6 @@ def _check(pipe: Any, directory: Path, calls: Sequence[Mapping[str, Any]]) -> No
         raise UserError(
             f"export takes a pipeline of fast_diffusers, not a {type(pipe).__name__}: "
             "for one of ppdiffusers, put its transformer and other parts into the pipeline of the same name here"
-        )
-    if isinstance(pipe.transformer, ZImageTransformer2DModel):
-        raise UserError(
-            "Z-Image cannot be exported: its transformer takes a list of prompts, each with as many tokens as it has, "
-            "so that a graph would serve prompts of these lengths only. The pipelines of FLUX, SD3, SANA, Qwen-Image "
-            "and of labels can; for this one there is cinn_infer.compile"
         )
     if not calls:
         raise UserError("calls must hold the arguments of at least one call; {} stands for the defaults")

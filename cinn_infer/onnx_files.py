@@ -9,19 +9,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from cinn_infer import onnx_mend
+from cinn_infer import onnx_mend, onnx_weights
 from fast_diffusers.errors import UserError
 
 LARGEST = 2**31 - 2**26
-"""Bytes of weights that paddle2onnx can write, beside a graph: beyond protobuf's 2 GiB it leaves an empty file."""
+"""Bytes of weights that paddle2onnx can write, beside a graph: beyond protobuf's 2 GiB it leaves an empty file.
+
+Files of larger models refer to the weights in Paddle's own file, which must stay beside them.
+"""
 
 _CHILD = """
 import sys
 import paddle2onnx
 for i in range(1, len(sys.argv), 3):
     graph, weights, target = sys.argv[i : i + 3]
-    # an optimize_tool other than "None" installs packages
-    paddle2onnx.export(graph, weights, target, opset_version=17, optimize_tool="None")
+    # an optimize_tool other than "None" installs packages; its checker wants weights
+    options = dict(opset_version=17, optimize_tool="None", enable_onnx_checker=bool(weights))
+    paddle2onnx.export(graph, weights, target, **options)
 """
 
 
@@ -37,6 +41,11 @@ class Job(NamedTuple):
         """Where the graph lies for paddle2onnx while it runs."""
         return self.graph.with_suffix(".paddle2onnx.json")
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the weights stay where they are."""
+        return self.weights.stat().st_size > LARGEST
+
 
 def missing() -> list[str]:
     """Packages that writing ONNX files needs and that are not installed."""
@@ -51,13 +60,6 @@ def require() -> None:
         )
 
 
-def too_large(size: int) -> str | None:
-    """Why weights of so many bytes cannot be written; None if they can."""
-    if size <= LARGEST:
-        return None
-    return f"it has {size / 2**30:.1f} GiB of weights, and paddle2onnx 2.1.0 writes files of up to 2 GiB"
-
-
 def write(jobs: Sequence[Job]) -> dict[Path, str]:
     """Write ONNX files that pass the onnx package's checker.
 
@@ -67,12 +69,13 @@ def write(jobs: Sequence[Job]) -> dict[Path, str]:
     Returns:
         Why there is none, by the target of each job that failed.
     """
-    failed = {job.target: reason for job in jobs if (reason := too_large(job.weights.stat().st_size))}
-    left = [job for job in jobs if job.target not in failed]
+    failed: dict[Path, str] = {}
+    left = list(jobs)
     while left:
         for job in left:
             job.readable.write_text(onnx_mend.readable(job.graph), encoding="utf-8")
-        arguments = [str(part) for job in left for part in (job.readable, job.weights, job.target)]
+        parts = [(job.readable, "" if job.is_large else job.weights, job.target) for job in left]
+        arguments = [str(part) for each in parts for part in each]
         child = subprocess.run([sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True)
         for job in left:
             job.readable.unlink()
@@ -93,6 +96,8 @@ def _finish(job: Job) -> str | None:
     import onnx
 
     try:
+        if job.is_large:
+            onnx_weights.attach(job.target, job.graph, job.weights)
         onnx_mend.mend(job.target, job.graph)
         onnx.checker.check_model(str(job.target), full_check=True)
     except Exception as error:  # the checker's and protobuf's own classes

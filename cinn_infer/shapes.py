@@ -31,6 +31,10 @@ TENSORS: Mapping[tuple[str, int], tuple[str, ...]] = {
     ("told", 2): ("batch",),
     ("input_ids", 2): ("batch",),
     ("attention_mask", 2): ("batch",),
+    ("x", 5): ("batch",),
+    ("t", 1): ("batch",),
+    ("cap_feats", 3): ("batch", "text"),
+    ("cap_lengths", 1): ("batch",),
     ("z", 4): ("batch",),
     ("z", 5): ("batch",),
 }
@@ -39,7 +43,6 @@ TENSORS: Mapping[tuple[str, int], tuple[str, ...]] = {
 FIXED: Mapping[str, frozenset[str]] = {
     "QwenImageTransformer2DModel": frozenset({"tokens"}),  # the grid of an image is an argument, not a tensor
     "QwenImageTransformerBlock": frozenset({"tokens", "joint"}),
-    "ZImageTransformer2DModel": frozenset({"batch"}),  # samples come as lists
 }
 """Names of axes that are not free in some models."""
 

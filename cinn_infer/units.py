@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import paddle
+import paddle.nn.functional as F
 from paddle import nn
 
 from cinn_infer import shapes
@@ -16,6 +17,7 @@ from cinn_infer.calls import Call, Structure
 from fast_diffusers import target_time
 from fast_diffusers.caching.intercept import Interceptor
 from fast_diffusers.errors import UserError
+from fast_diffusers.models.z_image import LENGTH_MULTIPLE
 
 _tracing = threading.local()
 
@@ -144,7 +146,9 @@ class GraphMethod(Interceptor):
 
     def __init__(self, owner: nn.Layer, method: str, handler: Callable[[Callable, tuple, dict], Any]):
         def run(original: Callable, args: tuple, kwargs: dict) -> Any:
-            return original(*args, **kwargs) if is_tracing() else handler(original, args, kwargs)
+            if is_tracing():
+                return original(*args, **kwargs)
+            return _as_lists(handler(original, args, kwargs), kwargs)
 
         super().__init__(owner, method, run)
 
@@ -155,12 +159,27 @@ class GraphMethod(Interceptor):
 def normal(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call with the same meaning and fewer different values.
 
-    Qwen-Image is told the grid of every sample although all are the same: one of them leaves the batch free.
+    Qwen-Image is told the grid of every sample although all are the same: one of them leaves the batch free. Z-Image
+    takes a list of captions [T, D]: one tensor of them with their lengths leaves the batch and the lengths free.
     """
     grids = kwargs.get("img_shapes")
     if isinstance(grids, list) and grids and all(grid == grids[0] for grid in grids):
         return {**kwargs, "img_shapes": grids[:1]}
+    captions = kwargs.get("cap_feats")
+    if isinstance(captions, list) and isinstance(kwargs.get("x"), paddle.Tensor):
+        lengths = [len(caption) for caption in captions]
+        longest = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        rows = [F.pad(each, [0, longest - len(each), 0, 0]) for each in captions]
+        return {**kwargs, "cap_feats": paddle.stack(rows), "cap_lengths": paddle.to_tensor(lengths, dtype="int64")}
     return kwargs
+
+
+def _as_lists(result: Any, kwargs: dict[str, Any]) -> Any:
+    """The result of a call that `normal` may have changed, in the form that the method gives by itself."""
+    if not isinstance(kwargs.get("cap_feats"), list) or not isinstance(result[0], paddle.Tensor):
+        return result
+    samples = result[0].unbind(0)
+    return result._replace(sample=samples) if hasattr(result, "_replace") else (samples,)
 
 
 def explained(error: Exception) -> str:

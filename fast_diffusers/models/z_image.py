@@ -210,6 +210,7 @@ class ZImageTransformer2DModel(PretrainedModel):
         patch_size: int = 2,
         f_patch_size: int = 1,
         joint_attention_kwargs: Mapping | None = None,
+        cap_lengths: paddle.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[list[paddle.Tensor]]:
         """Predict the direction from noise to data.
 
@@ -222,9 +223,13 @@ class ZImageTransformer2DModel(PretrainedModel):
             siglip_feats, image_noise_mask: for variants that are not supported, must be None.
             patch_size, f_patch_size: which of the model's patch sizes to use.
             joint_attention_kwargs: must be empty; adapters are switched and scaled by `fast_diffusers.lora.active`.
+            cap_lengths: [B], how many of the features `cap_feats` [B, T, cap_feat_dim] of each sample count; T is at
+                least each of them filled up to a multiple of 32. This is the form of static graphs, in which B and T
+                may be free; x is then a tensor [B, in_channels, F, H, W].
 
         Returns:
-            A list of [in_channels, F, H, W], as `.sample` or as the only element of a tuple.
+            A list of [in_channels, F, H, W], or a tensor if `cap_lengths` is given, as `.sample` or as the only element
+            of a tuple.
         """
         refuse_attention_kwargs("joint_attention_kwargs", joint_attention_kwargs)
         if siglip_feats is not None or image_noise_mask is not None:
@@ -232,6 +237,11 @@ class ZImageTransformer2DModel(PretrainedModel):
         key = f"{patch_size}-{f_patch_size}"
         if key not in self.all_x_embedder:
             raise ValueError(f"this Z-Image model has patch sizes {list(self.all_x_embedder.keys())}, not {key}")
+        if cap_lengths is not None:
+            sample = self._forward_padded(
+                x, t, cap_feats, cap_lengths, patch_size, f_patch_size, controlnet_block_samples
+            )
+            return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
         latents, captions = _samples(x), _samples(cap_feats)
         if not len(latents) == len(captions) == t.shape[0]:
             raise ValueError(f"{len(latents)} latents, {len(captions)} captions and {t.shape[0]} times do not match")
@@ -252,6 +262,51 @@ class ZImageTransformer2DModel(PretrainedModel):
         sample = [_unpatchify(out[i], grid, latents[i].shape) for i, grid in enumerate(grids)]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
+    def _forward_padded(
+        self,
+        x: paddle.Tensor,
+        t: paddle.Tensor,
+        captions: paddle.Tensor,
+        lengths: paddle.Tensor,
+        patch_size: int,
+        f_patch_size: int,
+        residuals: Mapping[int, paddle.Tensor] | None,
+    ) -> paddle.Tensor:
+        """`forward` with `cap_lengths`: one sequence a sample, in which what follows a filled up caption is masked."""
+        grid, key = _grid(x.shape[1:], f_patch_size, patch_size), f"{patch_size}-{f_patch_size}"
+        ids = _ids(grid, start=1)
+        self._check_positions(ids + [LENGTH_MULTIPLE, 0, 0])
+        count = grid[0] * grid[1] * grid[2]
+        lengths = lengths.unsqueeze(1)
+        filled = (lengths + (LENGTH_MULTIPLE - 1)) // LENGTH_MULTIPLE * LENGTH_MULTIPLE  # [B, 1]
+        is_patch = paddle.to_tensor((np.arange(len(ids)) < count).astype("int64"))  # [L]
+        shifts = [filled * is_patch, filled * 0, filled * 0]
+        image_ids = [shift + paddle.to_tensor(ids[:, i].astype("int64")) for i, shift in enumerate(shifts)]
+        order = paddle.arange(0, captions.shape[1], dtype="int64") + 0 * filled  # [B, T]
+        image_rope, text_rope = self._tables(image_ids), self._tables([order + 1, 0 * order, 0 * order])
+        seen = (order < filled).astype(captions.dtype).unsqueeze([1, 2])  # [B, 1, 1, T]
+        bias = (1 - seen) * MASKED
+        is_feature = (order < lengths).astype(captions.dtype).unsqueeze(2)
+
+        temb = self.embed_time(t)
+        image = self.all_x_embedder[key](_patchify_batch(x, grid))
+        image = F.pad(image, [0, 0, 0, len(ids) - count, 0, 0])
+        image = image + (1 - is_patch).astype(image.dtype).unsqueeze(1) * self.x_pad_token
+        image = self._run_stacked(self.noise_refiner, image, image_rope, None, temb)
+        text = is_feature * self.cap_embedder(captions) + (1 - is_feature) * self.cap_pad_token
+        text = self._run_stacked(self.context_refiner, text, text_rope, bias)
+        rope = [paddle.concat([own, other], axis=1) for own, other in list(zip(image_rope, text_rope))]  # noqa: B905
+        unmasked = (image_ids[0] * 0).astype(bias.dtype).unsqueeze([1, 2])
+        bias = paddle.concat([unmasked, bias], axis=-1)
+        tokens = paddle.concat([image, text], axis=1)
+        tokens = self._run_stacked(self.layers, tokens, rope, bias, temb, residuals)
+        return _unpatchify_batch(self.all_final_layer[key](tokens, temb), grid, x.shape[1:])
+
+    def _tables(self, ids: Sequence[paddle.Tensor]) -> Rope:
+        """Rotary tables of positions [B, N] on each axis."""
+        dtype = "float64" if self.x_pad_token.dtype == paddle.float64 else "float32"
+        return rope_tables(paddle.stack(ids, axis=-1), self.axes_dims, self.rope_theta, dtype)
+
     def _run(
         self,
         blocks: nn.LayerList,
@@ -267,17 +322,29 @@ class ZImageTransformer2DModel(PretrainedModel):
         if min(lengths) < max(lengths):
             padding = np.arange(max(lengths)) >= np.array(lengths)[:, None]
             bias = paddle.to_tensor(np.float32(MASKED) * padding[:, None, None]).astype(x.dtype)
+        x = self._run_stacked(blocks, x, rope, bias, temb, residuals)
+        return [x[i, :length] for i, length in enumerate(lengths)]
+
+    def _run_stacked(
+        self,
+        blocks: nn.LayerList,
+        x: paddle.Tensor,
+        rope: Rope,
+        bias: paddle.Tensor | None,
+        temb: paddle.Tensor | None = None,
+        residuals: Mapping[int, paddle.Tensor] | None = None,
+    ) -> paddle.Tensor:
+        """Blocks over tokens [B, N, C]."""
         for index, block in enumerate(blocks):
             x = self._run_block(block, x, rope, bias, temb)
             if residuals and index in residuals:
                 x = x + residuals[index]
-        return [x[i, :length] for i, length in enumerate(lengths)]
+        return x
 
     def _rope(self, ids: Sequence[np.ndarray]) -> Rope:
         longest = max(len(sample) for sample in ids)
         padded = np.stack([np.pad(sample, [(0, longest - len(sample)), (0, 0)]) for sample in ids])
-        dtype = "float64" if self.x_pad_token.dtype == paddle.float64 else "float32"
-        return rope_tables(paddle.to_tensor(padded), self.axes_dims, self.rope_theta, dtype)
+        return self._tables(paddle.to_tensor(padded).unbind(-1))
 
     def _fill(self, tokens: paddle.Tensor, pad_token: paddle.Tensor) -> paddle.Tensor:
         """Tokens [N, C] followed by padding tokens up to a multiple of 32."""
@@ -324,14 +391,25 @@ def _ids(grid: tuple[int, int, int], start: int) -> np.ndarray:
 
 def _patchify(latent: paddle.Tensor, grid: tuple[int, int, int]) -> paddle.Tensor:
     """[C, F, H, W] to patches [N, features], ordered (frame, row, column in a patch, channel)."""
-    channels, *sizes = latent.shape
+    return _patchify_batch(latent.unsqueeze(0), grid)[0]
+
+
+def _patchify_batch(latents: paddle.Tensor, grid: tuple[int, int, int]) -> paddle.Tensor:
+    """[B, C, F, H, W] to [B, N, features]."""
+    channels, *sizes = latents.shape[1:]
     split = [length for count, size in zip(grid, sizes) for length in (count, size // count)]  # noqa: B905
-    return latent.reshape([channels, *split]).transpose([1, 3, 5, 2, 4, 6, 0]).flatten(3).flatten(0, 2)
+    split = latents.reshape([-1, channels, *split]).transpose([0, 2, 4, 6, 3, 5, 7, 1])
+    return split.flatten(4).flatten(1, 3)
 
 
 def _unpatchify(patches: paddle.Tensor, grid: tuple[int, int, int], shape: Sequence[int]) -> paddle.Tensor:
     """The inverse of `_patchify` for the first tokens of [N, features]."""
+    return _unpatchify_batch(patches.unsqueeze(0), grid, shape)[0]
+
+
+def _unpatchify_batch(patches: paddle.Tensor, grid: tuple[int, int, int], shape: Sequence[int]) -> paddle.Tensor:
+    """The inverse of `_patchify_batch` for the first tokens of [B, N, features], each to a latent of `shape`."""
     channels, *sizes = shape
     inner = [size // count for count, size in zip(grid, sizes)]  # noqa: B905
-    image = patches[: grid[0] * grid[1] * grid[2]].reshape([*grid, *inner, channels])
-    return image.transpose([6, 0, 3, 1, 4, 2, 5]).reshape(shape)
+    image = patches[:, : grid[0] * grid[1] * grid[2]].reshape([-1, *grid, *inner, channels])
+    return image.transpose([0, 7, 1, 4, 2, 5, 3, 6]).reshape([-1, *shape])

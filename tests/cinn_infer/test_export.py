@@ -97,11 +97,13 @@ def exports():
 @pytest.mark.support("Export")
 @pytest.mark.parametrize("runtime", engines.RUNTIMES)
 @pytest.mark.parametrize("precision", engines.PRECISIONS)
-@pytest.mark.parametrize("family", ["flux", "sd3", "ppdiffusers_sd3", "sana", "qwen_image"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "ppdiffusers_sd3", "sana", "qwen_image", "z_image"])
 def test_every_family(make_pipeline, exports, tmp_path_factory, family, precision, runtime):
     """Exported for one prompt, called with two of different lengths."""
     if precision not in engines.CAN[runtime]:
         pytest.skip(f"{runtime} has no {precision}")
+    if (family, precision) == ("z_image", "bf16"):
+        pytest.skip("OpenVINO 2026.4.1 computes Z-Image's attention wrongly in bf16, which load finds and refuses")
     size = dict(height=32 if family == "flux" else 16, width=16)
     call = size | dict(prompt=["a cat", "a dog on a hill"], num_inference_steps=2, output_type="np")
     if family not in exports:
@@ -123,11 +125,6 @@ def test_every_family(make_pipeline, exports, tmp_path_factory, family, precisio
     if precision == "fp32":
         np.testing.assert_allclose(found, truth, atol=1e-4)
     assert np.sqrt(np.square(found - truth).mean()) < 0.1 * truth.std()
-
-
-def test_z_image_is_refused(make_pipeline, tmp_path):
-    with pytest.raises(UserError, match=r"Z-Image cannot be exported: .* FLUX, SD3, SANA, Qwen-Image"):
-        cinn_infer.export(make_pipeline("z_image"), tmp_path / "export")
 
 
 @pytest.mark.skipif(not paddle.base.core.supports_bfloat16(), reason="this processor has no AVX-512")
@@ -219,9 +216,6 @@ def test_bad_requests(exported, student, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is compiled or runs in a cache"):
         cinn_infer.export(student, tmp_path / "x")
     compiled.restore()
-    monkeypatch.setattr(onnx_files, "LARGEST", 10)
-    with pytest.raises(UserError, match=r"not possible for this transformer: .* files of up to 2 GiB; export with"):
-        cinn_infer.export(student, tmp_path / "x", "onnx")
     monkeypatch.setattr(onnx_files, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="format='onnx' needs onnx and paddle2onnx, not installed here"):
         cinn_infer.export(student, tmp_path / "x", "onnx")

@@ -6,7 +6,7 @@ import pytest
 from paddle import nn
 from paddle.static import InputSpec
 
-from cinn_infer import onnx_files, onnx_mend
+from cinn_infer import onnx_files, onnx_mend, onnx_weights
 from fast_diffusers.errors import UserError
 
 pytest.importorskip("paddle2onnx", reason="the extra [export] is not installed")
@@ -75,11 +75,40 @@ def test_an_operator_that_ends_paddle2onnx(written):
     assert not job.target.exists() and not job.readable.exists() and job.graph.exists()
 
 
-def test_weights_beyond_protobuf(written, monkeypatch):
-    job = written[0][Norm][0]
-    monkeypatch.setattr(onnx_files, "LARGEST", 10)
-    other = job._replace(target=job.target.with_name("large.onnx"))
-    assert "paddle2onnx 2.1.0 writes files of up to 2 GiB" in onnx_files.write([other])[other.target]
+@pytest.fixture(scope="module")
+def large(written):
+    """The files of models that are too large for protobuf, as they are told, by class."""
+    targets = {cls: written[0][cls][0].target.with_name(f"large_{cls.__name__}.onnx") for cls in (Gelus, Norm)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_files, "LARGEST", 10)
+        assert onnx_files.write([written[0][cls][0]._replace(target=target) for cls, target in targets.items()]) == {}
+    return targets
+
+
+@pytest.mark.parametrize(("cls", "size"), [(Gelus, 3 * 20 * 4), (Norm, 2 * 4 * 4)])
+def test_weights_beyond_protobuf_stay_in_their_file(written, large, cls, size):
+    job, x, truth = written[0][cls]
+    graph = onnx.load(large[cls], load_external_data=False).graph
+    kept = [{each.key: each.value for each in tensor.external_data} for tensor in graph.initializer]
+    assert {each["location"] for each in kept if each} == {job.weights.name}
+    assert sum(int(each["length"]) for each in kept if each) == size
+    (same,) = onnxruntime.InferenceSession(job.target).run(None, {"x": x})
+    (found,) = onnxruntime.InferenceSession(large[cls]).run(None, {"x": x})
+    np.testing.assert_array_equal(found, same)
+    openvino = pytest.importorskip("openvino", reason="the extra [export] is not installed")
+    compiled = openvino.Core().compile_model(str(large[cls]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(compiled({"x": x})[0], truth, atol=2e-6)
+
+
+def test_weights_of_another_graph(written, tmp_path):
+    (gelus, *_), (norm, *_) = written[0][Gelus], written[0][Norm]
+    onnx.save(onnx.load(norm.target), tmp_path / "norm.onnx")
+    with pytest.raises(UserError, match=r"Gelus\.pdiparams holds other tensors than Norm\.json has parameters"):
+        onnx_weights.attach(tmp_path / "norm.onnx", norm.graph, gelus.weights)
+    cut = tmp_path / "cut.pdiparams"
+    cut.write_bytes(gelus.weights.read_bytes()[:-4])
+    with pytest.raises(UserError, match="is cut off"):
+        list(onnx_weights.tensors(cut))
 
 
 def test_gelus_that_do_not_match(written, tmp_path):

@@ -55,6 +55,17 @@ def test_a_batch_may_come_as_tensors(model):
         assert (one == other).all()
 
 
+def test_captions_may_be_padded_with_their_lengths_given(model):
+    lengths = [5, 40, 64]
+    arguments = inputs(sizes=[(4, 6)] * 3, lengths=lengths)
+    listed = paddle.stack(model(**arguments).sample)
+    captions = paddle.randn([3, 96, 6])  # what is beyond a length has no effect
+    for row, caption in enumerate(arguments["cap_feats"]):
+        captions[row, : len(caption)] = caption
+    given = {"x": paddle.stack(arguments["x"]), "cap_feats": captions, "cap_lengths": paddle.to_tensor(lengths)}
+    np.testing.assert_allclose(model(**arguments | given).sample, listed, atol=1e-5)
+
+
 def test_patches_are_undone_and_ordered_by_frame_row_column_channel():
     latent = paddle.arange(2 * 2 * 4 * 6, dtype="float32").reshape([2, 2, 4, 6])
     patches = _patchify(latent, (1, 2, 3))
