@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 from collections.abc import Sequence
@@ -23,9 +24,8 @@ class OpenVINOEngine:
     """
 
     def __init__(self, files: Sequence[Path], names: Sequence[str], precision: str, threads: int, model: str):
-        import openvino
 
-        core = openvino.Core()
+        core = _core()
         graph = core.read_model(str(files[0]))
         own = [each.get_any_name() for each in graph.inputs]
         if sorted(own) != sorted(names):
@@ -54,6 +54,16 @@ class OpenVINOEngine:
             given |= {len(inputs) + i: found[i] for i in range(len(self._waves.outputs))}
         found = self._compiled(given)
         return [found[i] for i in range(len(self._compiled.outputs))]
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO, opened once and kept: with two of them, the second to be closed leaves the process a stack for signal
+    handlers that the first has freed, and the next signal (Ctrl-C, SIGTERM) is a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _take_waves(graph: Any) -> Any | None:
@@ -98,6 +108,4 @@ def _with_small_weights(graph: Any) -> Any:
 
 def has_bfloat16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this processor."""
-    import openvino
-
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

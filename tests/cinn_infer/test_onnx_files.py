@@ -7,6 +7,7 @@ from paddle import nn
 from paddle.static import InputSpec
 
 from cinn_infer import onnx_files, onnx_mend, onnx_weights
+from cinn_infer.engine_openvino import OpenVINOEngine
 from fast_diffusers.errors import UserError
 
 pytest.importorskip("paddle2onnx", reason="the extra [export] is not installed")
@@ -95,9 +96,8 @@ def test_weights_beyond_protobuf_stay_in_their_file(written, large, cls, size):
     (same,) = onnxruntime.InferenceSession(job.target).run(None, {"x": x})
     (found,) = onnxruntime.InferenceSession(large[cls]).run(None, {"x": x})
     np.testing.assert_array_equal(found, same)
-    openvino = pytest.importorskip("openvino", reason="the extra [export] is not installed")
-    compiled = openvino.Core().compile_model(str(large[cls]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    np.testing.assert_allclose(compiled({"x": x})[0], truth, atol=2e-6)
+    pytest.importorskip("openvino", reason="the extra [export] is not installed")
+    np.testing.assert_allclose(OpenVINOEngine([large[cls]], ["x"], "fp32", 1, "").run([x])[0], truth, atol=2e-6)
 
 
 def test_weights_of_another_graph(written, tmp_path):
