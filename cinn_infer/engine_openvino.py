@@ -99,8 +99,10 @@ def _is_variable(node: Any) -> bool:
 
 
 def _with_small_weights(graph: Any) -> Any:
+    loggers = logging.getLoggerClass()
     import nncf
 
+    logging.setLoggerClass(loggers)  # NNCF's own, which it makes that of the whole process, drops messages
     nncf.set_log_level(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # a progress bar and a table
         return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)

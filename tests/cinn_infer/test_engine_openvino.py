@@ -37,17 +37,16 @@ def test_angles_are_not_rounded(tmp_path):
     assert 1e-4 < check.error(engine.run([t])[0], truth, "bf16") < 0.01
 
 
-def test_a_signal_after_engines_are_closed_is_handled(tmp_path):
-    """In any order of closing; with a `Core` for each engine this ends in a segmentation fault."""
-    pytest.importorskip("openvino")
-    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 2])] for name in ("x", "y")]
-    weight = numpy_helper.from_array(np.eye(2, dtype="float32"), "weight")
+def product(folder):
+    """An ONNX file: y = x @ weight."""
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 64])] for name in ("x", "y")]
+    weight = numpy_helper.from_array(np.eye(64, dtype="float32"), "weight")
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "weight"], ["y"])], "product", *ends, [weight])
-    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "product.onnx")
-    code = """
-import gc, os, signal, sys
-from pathlib import Path
-from cinn_infer.engine_openvino import OpenVINOEngine
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "product.onnx")
+    return folder / "product.onnx"
+
+
+SIGNAL = """
 engines = [OpenVINOEngine([Path(sys.argv[1])], ["x"], "fp32", 1, "") for _ in range(3)]
 for place in (0, 0, 0):
     del engines[place]
@@ -56,5 +55,19 @@ memory = [bytearray(10_000) for _ in range(1000)]
 signal.signal(signal.SIGTERM, lambda *_: print("handled"))
 os.kill(os.getpid(), signal.SIGTERM)
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "product.onnx"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+LOGGERS = """
+OpenVINOEngine([Path(sys.argv[1])], ["x"], "int8", 1, "")
+print(logging.getLoggerClass().__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "printed"), [("openvino", SIGNAL, "handled\n"), ("nncf", LOGGERS, "Logger\n")]
+)
+def test_the_rest_of_the_process_is_left_alone(tmp_path, package, code, printed):
+    """A `Core` for each engine ends in a segmentation fault at the next signal; NNCF replaces all later loggers."""
+    pytest.importorskip(package)
+    imports = "import gc, logging, os, signal, sys\nfrom pathlib import Path\n"
+    imports += "from cinn_infer.engine_openvino import OpenVINOEngine\n"
+    done = subprocess.run([sys.executable, "-c", imports + code, product(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, printed), done.stderr
