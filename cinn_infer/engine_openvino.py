@@ -102,8 +102,9 @@ def _with_small_weights(graph: Any) -> Any:
     loggers = logging.getLoggerClass()
     import nncf
 
-    logging.setLoggerClass(loggers)  # NNCF's own, which it makes that of the whole process, drops messages
-    nncf.set_log_level(logging.ERROR)
+    # NNCF makes its own class that of all later loggers, and its set_log_level changes the handlers of others, too.
+    logging.setLoggerClass(loggers)
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # a progress bar and a table
         return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
 
