@@ -6,13 +6,16 @@ import contextlib
 import functools
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fast_diffusers.errors import UserError
+
+COPIES, ROOM = 8, 2**30
+"""How many shapes a graph is compiled for at a time, and how many bytes the weights of all these may be."""
 
 
 class OpenVINOEngine:
@@ -24,9 +27,7 @@ class OpenVINOEngine:
     """
 
     def __init__(self, files: Sequence[Path], names: Sequence[str], precision: str, threads: int, model: str):
-
-        core = _core()
-        graph = core.read_model(str(files[0]))
+        graph = _core().read_model(str(files[0]))
         own = [each.get_any_name() for each in graph.inputs]
         if sorted(own) != sorted(names):
             raise UserError(f"{files[0]} takes {own}, its manifest says {list(names)}: export again")
@@ -41,19 +42,46 @@ class OpenVINOEngine:
         self._waves = None
         if precision == "bf16":
             if waves := _take_waves(graph):
-                self._waves = core.compile_model(waves, "CPU", options)
-            options["INFERENCE_PRECISION_HINT"] = "bf16"
-        self._compiled = core.compile_model(graph, "CPU", options)
-        self._order = [own.index(name) for name in names]
+                self._waves = _Model(waves, options)
+            options = options | {"INFERENCE_PRECISION_HINT": "bf16"}
+        self._model = _Model(graph, options)
+        self._places = [list(names).index(name) for name in own]
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `Engine`."""
-        given = dict(zip(self._order, inputs, strict=True))
-        if self._waves is not None:
-            found = self._waves(given)
-            given |= {len(inputs) + i: found[i] for i in range(len(self._waves.outputs))}
-        found = self._compiled(given)
-        return [found[i] for i in range(len(self._compiled.outputs))]
+        given = [inputs[place] for place in self._places]
+        waves = [] if self._waves is None else self._waves.run(given)
+        return self._model.run([*given, *waves])
+
+
+class _Model:
+    """A graph that is compiled for the shapes that come, as this is faster; a large one once, for all shapes."""
+
+    def __init__(self, graph: Any, options: Mapping[str, Any]):
+        self._copies = min(COPIES, ROOM // max(1, _weights(graph)))
+        self._compiled = functools.lru_cache(max(1, self._copies))(functools.partial(_compile, graph, options))
+        if not self._copies:
+            self._compiled(None)
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Outputs for inputs in the graph's own order."""
+        compiled = self._compiled(tuple(each.shape for each in inputs) if self._copies else None)
+        found = compiled(dict(enumerate(inputs)))
+        return [found[i] for i in range(len(compiled.outputs))]
+
+
+def _compile(graph: Any, options: Mapping[str, Any], shapes: tuple[tuple[int, ...], ...] | None) -> Any:
+    """The graph for these shapes of its inputs, or for any."""
+    if shapes is not None:
+        graph = graph.clone()
+        graph.reshape(dict(enumerate(map(list, shapes))))
+    return _core().compile_model(graph, "CPU", options)
+
+
+def _weights(graph: Any) -> int:
+    """Bytes of a graph's constants."""
+    ends = [node.output(0) for node in graph.get_ops() if node.get_type_name() == "Constant"]
+    return sum(int(np.prod(list(end.get_shape()))) * end.get_element_type().size for end in ends)
 
 
 @functools.cache

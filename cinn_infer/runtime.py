@@ -132,7 +132,7 @@ def _run(
     entries: Sequence[GraphEntry], graphs: Graphs, layers: Sequence[nn.Layer], original: Any, args: Any, kwargs: Any
 ):
     """One call of a model's method, by the graph that fits it."""
-    if any("forward" in vars(layer) for layer in layers):
+    if any("forward" in layer.__dict__ for layer in layers):
         raise UserError("a cache has no effect on an exported model, which runs as one graph: call disable_cache")
     call = Call(original, args, units.normal(kwargs))
     told = units.told_now() if entries[0].component == "transformer" else None

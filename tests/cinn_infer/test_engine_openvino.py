@@ -1,12 +1,13 @@
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
-from cinn_infer import check, engines
+from cinn_infer import check, engine_openvino, engines
 from fast_diffusers.errors import UserError
 
 FREQUENCIES = np.exp(-np.linspace(0, 9, 16, dtype="float32"))
@@ -40,11 +41,34 @@ def test_angles_are_not_rounded(tmp_path):
 
 def product(folder):
     """An ONNX file: y = x @ weight."""
-    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 64])] for name in ("x", "y")]
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 64])] for name in ("x", "y")]
     weight = numpy_helper.from_array(np.eye(64, dtype="float32"), "weight")
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "weight"], ["y"])], "product", *ends, [weight])
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "product.onnx")
     return folder / "product.onnx"
+
+
+@pytest.mark.parametrize(("room", "compiled"), [(2**30, ["2", "3", "4", "2"]), (64 * 64 * 4 - 1, ["?"])])
+def test_small_graphs_are_compiled_for_their_shapes(tmp_path, monkeypatch, room, compiled):
+    """Where two may be kept, the one used longest ago gives way to a third; a large graph is compiled once."""
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(engine_openvino, "ROOM", room)
+    monkeypatch.setattr(engine_openvino, "COPIES", 2)
+    rows = []
+
+    core = engine_openvino._core()
+
+    def compile_model(graph, *args):
+        rows.append(str(graph.inputs[0].get_partial_shape()[0]))
+        return core.compile_model(graph, *args)
+
+    counting = SimpleNamespace(read_model=core.read_model, compile_model=compile_model)
+    monkeypatch.setattr(engine_openvino, "_core", lambda: counting)
+    engine = engine_openvino.OpenVINOEngine([product(tmp_path)], ["x"], "fp32", 1, "")
+    for count in (2, 3, 2, 3, 4, 3, 2):
+        x = np.random.default_rng(count).standard_normal((count, 64)).astype("float32")
+        np.testing.assert_array_equal(engine.run([x])[0], x)
+    assert rows == compiled
 
 
 SIGNAL = """
