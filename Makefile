@@ -34,7 +34,7 @@ lint: $(INSTALLED)
 # The variable, unlike the option -c, also reaches the environments in which packages without a wheel are built.
 $(INSTALLED): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,export]"
 	touch $@
 
 clean:

@@ -10,23 +10,23 @@ from typing import Any
 
 import numpy as np
 import paddle
-from safetensors.numpy import load_file
 
 from cinn_infer import engines
 from cinn_infer.backends import BACKENDS
 from cinn_infer.bench_job import Job, forward_arguments
 from cinn_infer.bench_loop import Task, serve
+from cinn_infer.calls import Call
 from cinn_infer.compile import compile
 from cinn_infer.runtime import load
 from cinn_infer.stages import Stages, synchronize
+from fast_diffusers.caching.intercept import Interceptor
 from fast_diffusers.pipelines.base import Pipeline
 
 EXPORT = "export"
 """Folder, in the benchmark's, of the exported pipeline."""
 ONNX = "torch.onnx"
-TORCH_INPUTS = "torch_inputs.safetensors"
 ONNX_PREFIX = "torch-onnx-"
-"""Backends that run PyTorch's own ONNX file."""
+"""Backends that run PyTorch's own ONNX file, in our pipeline: their memory holds its weights, too."""
 
 COMPILED = tuple(name for name in BACKENDS if name not in ("auto", "eager"))
 EXPORTED = {
@@ -42,8 +42,8 @@ def open_task(folder: Path, backend: str) -> Task:
     """
     job = Job.read(folder)
     if backend.startswith(ONNX_PREFIX):
-        return _onnx_task(folder, *EXPORTED[backend.removeprefix(ONNX_PREFIX)], job.threads)
-    if backend in EXPORTED:
+        pipe = _torch_onnx_pipeline(folder, *EXPORTED[backend.removeprefix(ONNX_PREFIX)], job)
+    elif backend in EXPORTED:
         pipe = load(folder / EXPORT, *EXPORTED[backend], job.threads)
     else:
         pipe = job.open()
@@ -68,13 +68,21 @@ def pipeline_task(pipe: Pipeline, job: Job) -> Task:
     return _task(call, clocks.seconds, {"paddle": paddle.__version__})
 
 
-def _onnx_task(folder: Path, runtime: str, precision: str, threads: int) -> Task:
-    """Runs PyTorch's ONNX file."""
-    inputs = load_file(folder / TORCH_INPUTS)
+def _torch_onnx_pipeline(folder: Path, runtime: str, precision: str, job: Job) -> Pipeline:
+    """The eager pipeline with PyTorch's ONNX file in place of its transformer's forward."""
+    pipe = job.open()
     names = json.loads((folder / ONNX).with_suffix(".json").read_text())
-    engines.require(runtime, precision, "FluxTransformer2DModel")
-    engine = engines.open_engine(runtime, [folder / ONNX], names, precision, threads, "FluxTransformer2DModel")
-    return _task(lambda: engine.run([inputs[name] for name in names])[0], {}, {})
+    model = type(pipe.transformer).__name__
+    engines.require(runtime, precision, model)
+    engine = engines.open_engine(runtime, [folder / ONNX], names, precision, job.threads, model)
+
+    def forward(original: Callable, args: tuple, kwargs: dict) -> tuple[paddle.Tensor]:
+        call = Call(original, args, kwargs)
+        given = dict(zip(call.names, call.tensors, strict=True))
+        return (paddle.to_tensor(engine.run([given[name].numpy() for name in names])[0]),)
+
+    Interceptor(pipe.transformer, "forward", forward)
+    return pipe
 
 
 def _task(call: Callable[[], np.ndarray], seconds: dict[str, float], about: dict[str, Any]) -> Task:

@@ -26,7 +26,7 @@ from cinn_infer import backends, check, engines, program_cache, stages
 from cinn_infer.bench_job import FLUX_BLOCK, Job, forward_tensors, preset
 from cinn_infer.bench_loop import Worker, WorkerError
 from cinn_infer.bench_report import Report, Row
-from cinn_infer.bench_worker import COMPILED, EXPORT, EXPORTED, ONNX, ONNX_PREFIX, TORCH_INPUTS
+from cinn_infer.bench_worker import COMPILED, EXPORT, EXPORTED, ONNX, ONNX_PREFIX
 from cinn_infer.export import export
 from cinn_infer.export_command import available_format
 from fast_diffusers.compat import usable_cores
@@ -67,7 +67,8 @@ def benchmark(
         warmup: turns of each before them, beside the first call, which compiles.
         only: names of backends to run, or beginnings of names; eager always runs.
         threads: of every backend; None is OMP_NUM_THREADS, or else all cores.
-        torch: interpreter of an environment with PyTorch and diffusers, whose FLUX then runs beside ours.
+        torch: interpreter of an environment with PyTorch and diffusers, whose FLUX then runs beside ours: by itself, if
+            `forward`, and as PyTorch's own ONNX file in our pipeline.
         call: arguments of the pipeline's call, beside its defaults.
         forward: measure one forward of the transformer instead of the whole call.
         alone: run the backends one after another rather than in turns, for a model of which memory holds few copies.
@@ -85,8 +86,6 @@ def benchmark(
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
         job = preset(name, folder, call or {}, forward, threads)
-        if torch is not None and not job.forward:
-            raise UserError("PyTorch is compared by one forward of the transformer: ask for forward too")
         job.write(folder)
         failures = _make_files(job, folder, chosen, torch)
         workers = {each: _command(folder, each, torch) for each in chosen if each not in failures}
@@ -131,7 +130,7 @@ def _make_files(job: Job, folder: Path, chosen: Sequence[str], torch: str | None
     pipe.set_progress_bar_config(disable=True)
     if torch is not None and not isinstance(pipe.transformer, FluxTransformer2DModel):
         raise UserError(f"PyTorch is compared by FLUX's transformer, not by {type(pipe.transformer).__name__}")
-    failures = _unavailable(chosen, type(pipe.transformer).__name__)
+    failures = _unavailable(chosen, type(pipe.transformer).__name__, job.forward)
     chosen = [each for each in chosen if each not in failures]
 
     @contextlib.contextmanager
@@ -149,7 +148,7 @@ def _make_files(job: Job, folder: Path, chosen: Sequence[str], torch: str | None
             export(pipe, folder / EXPORT, format, [{**job.arguments(), "num_inference_steps": 1}])
     if torch is not None:
         pipe.transformer.save_pretrained(folder / "torch", layout="diffusers")
-        save_file(forward_tensors(pipe, job), folder / TORCH_INPUTS)
+        save_file(forward_tensors(pipe, job), folder / "torch_inputs.safetensors")
     if onnx := [each for each in chosen if each in TORCH_ONNX]:
         with needed_by(onnx, "PyTorch's ONNX file"):
             command = [torch, TORCH_SCRIPT, folder, ONNX]
@@ -158,14 +157,17 @@ def _make_files(job: Job, folder: Path, chosen: Sequence[str], torch: str | None
     return failures
 
 
-def _unavailable(chosen: Sequence[str], model: str) -> dict[str, str]:
-    """Why backends cannot run here a transformer of class `model`, of those that cannot."""
+def _unavailable(chosen: Sequence[str], model: str, forward: bool) -> dict[str, str]:
+    """Why backends cannot run here a transformer of class `model`, alone or in its pipeline, of those that cannot."""
     failures = {}
     for name in chosen:
         try:
             if name in COMPILED:
                 backends.choose(name)
-            elif name not in (*TORCH, "eager"):
+            elif name in TORCH:
+                if not forward:
+                    raise UserError("it runs the transformer alone: ask for forward")
+            elif name != "eager":
                 engines.require(*EXPORTED[name.removeprefix(ONNX_PREFIX)], model)
         except UserError as error:
             failures[name] = str(error)

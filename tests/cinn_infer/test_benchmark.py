@@ -74,10 +74,11 @@ class TestBadRequests:
         with pytest.raises(UserError, match=message):
             benchmark.benchmark(**request_)
 
-    def test_torch_is_compared_by_a_forward(self, monkeypatch):
-        monkeypatch.setattr(benchmark, "_check_torch", lambda python: None)
-        with pytest.raises(UserError, match="one forward of the transformer"):
-            benchmark.benchmark("digits", torch="python")
+    def test_torch_by_itself_runs_a_forward(self):
+        names = ["eager", "torch-fp32", "torch-compile-bf16"]
+        assert benchmark._unavailable(names, "FluxTransformer2DModel", forward=True) == {}
+        refused = benchmark._unavailable(names, "FluxTransformer2DModel", forward=False)
+        assert refused.keys() == {*names[1:]} and "ask for forward" in refused["torch-fp32"]
 
     def test_without_eager_there_is_nothing_to_compare_with(self, tmp_path):
         program = [sys.executable, "-c", "raise SystemExit('labels are 0 to 9')"]

@@ -105,7 +105,7 @@ def test_number_of_threads(sinusoid, runtime, monkeypatch):
     elif runtime == "onnxruntime":
         assert engine._session.get_session_options().intra_op_num_threads == 2
     else:
-        assert engine._model._compiled(None).get_property("INFERENCE_NUM_THREADS") == 2
+        assert engine._model._request(None).get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 2
 
 
 @pytest.mark.parametrize("runtime", engines.RUNTIMES)
