@@ -68,8 +68,9 @@ class _Model:
         from openvino import Tensor
 
         request = self._request(tuple(each.shape for each in inputs) if self._copies else None)
+        inputs = [np.asarray(each, order="C") for each in inputs]  # the request does not keep them alive
         for i, each in enumerate(inputs):
-            request.set_input_tensor(i, Tensor(np.ascontiguousarray(each), shared_memory=True))
+            request.set_input_tensor(i, Tensor(each, shared_memory=True))
         request.infer()
         return [each.data.copy() for each in request.output_tensors]
 
