@@ -7,8 +7,7 @@ from paddle import inference
 from paddle.static import InputSpec
 
 from cinn_infer import backends, check, engine_paddle, engines
-from fast_diffusers.compat import openmp_threads
-from fast_diffusers.compat import usable_cores
+from fast_diffusers.compat import openmp_threads, usable_cores
 from fast_diffusers.errors import UserError
 
 MODEL = "FluxTransformer2DModel"
@@ -106,7 +105,8 @@ def test_number_of_threads(sinusoid, runtime, monkeypatch):
     elif runtime == "onnxruntime":
         assert engine._session.get_session_options().intra_op_num_threads == 2
     else:
-        assert engine._model._request(None).get_compiled_model().get_property("INFERENCE_NUM_THREADS") == min(2, usable_cores())
+        compiled = engine._model._request(None).get_compiled_model()
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == min(2, usable_cores())
 
 
 @pytest.mark.parametrize("runtime", engines.RUNTIMES)
