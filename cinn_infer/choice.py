@@ -76,7 +76,7 @@ def _candidates(manifest: Manifest, directory: Path, precision: str) -> tuple[li
 
 def _measure(opened: list[Graphs]) -> dict[str, float]:
     """Milliseconds of one run of every transformer graph, by runtime."""
-    cases = [(graph, inputs) for graph, inputs, _ in opened[0].cases() if graph.component == "transformer"]
+    cases = [(graph, inputs) for graph, inputs, _ in opened[0].cases() if graph.model == "transformer"]
     times: dict[str, list[float]] = {graphs.runtime: [] for graphs in opened}
     for turn in range(1 + ROUNDS):
         for graphs in opened:

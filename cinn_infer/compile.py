@@ -23,9 +23,6 @@ GRANULARITIES = ("model", "loop", "block")
 LOOPS = ("run_double_blocks", "run_single_blocks", "run_blocks")
 """Methods of transformers that are loops over blocks."""
 
-BLOCKS = ("transformer_blocks", "single_transformer_blocks", "noise_refiner", "context_refiner", "layers")
-"""Names of the lists of blocks that transformers have."""
-
 
 @dataclass
 class Graph:
@@ -311,11 +308,10 @@ def _places(model: nn.Layer, granularity: str) -> Iterator[tuple[nn.Layer, str]]
     if granularity == "model":
         yield model, "forward"
         return
-    if granularity == "loop":
-        found = [(model, name) for name in LOOPS if hasattr(model, name)]
-    else:
-        found = [(block, "forward") for name in BLOCKS for block in getattr(model, name, ())]
+    if granularity == "block":
+        yield from ((block, "forward") for block in units.named_blocks(model).values())
+        return
+    found = [(model, name) for name in LOOPS if hasattr(model, name)]
     if not found:
-        has = "loop over blocks of its own" if granularity == "loop" else "list of blocks"
-        raise UserError(f"{type(model).__name__} has no {has}: compile it with granularity='model'")
+        raise UserError(f"{type(model).__name__} has no loop over blocks of its own: take granularity='model'")
     yield from found

@@ -23,18 +23,19 @@ from safetensors.numpy import save_file
 from cinn_infer import engines, onnx_files, shapes, units
 from cinn_infer.calls import Call, Structure
 from cinn_infer.graphs import Graphs
-from cinn_infer.manifest import CHECK_FILE, FILE, GraphEntry, Manifest, _fingerprint
+from cinn_infer.manifest import CHECK_FILE, FILE, OUTSIDE, GraphEntry, Manifest, _fingerprint
 from fast_diffusers import __version__, lora, target_time
 from fast_diffusers.errors import UserError
 from fast_diffusers.lora.layers import find_set
 from fast_diffusers.models.base import PretrainedModel
-from fast_diffusers.models.checkpoint_io import write_text
+from fast_diffusers.models.checkpoint_io import ADAPTER_NAMES, write_text
 from fast_diffusers.pipelines import QwenImagePipeline
 from fast_diffusers.pipelines.base import Pipeline
 from fast_diffusers.pipelines.components import index_entry, save_component
 from fast_diffusers.random import Generator
 
 FORMATS = ("paddle", "onnx")
+GRANULARITIES = ("model", "block")
 TOLERANCE = 1e-4
 LONG_PROMPT = "cat" + " cat" * 511
 """512 tokens, Qwen-Image's `max_sequence_length`."""
@@ -77,6 +78,7 @@ def export(
     format: str = "paddle",
     calls: Sequence[Mapping[str, Any]] = ({},),
     tolerance: float = TOLERANCE,
+    granularity: str = "model",
 ) -> Manifest:
     """Write a pipeline's transformer, text encoders and VAE decoder as static graphs.
 
@@ -93,6 +95,8 @@ def export(
         calls: arguments of the pipeline's call, such as height and width; prompt and steps have defaults. The text
             encoder of Qwen-Image takes prompts up to the length of the longest one here.
         tolerance: of the self-check, see `Manifest`.
+        granularity: "model", the transformer is one graph; "block", each of its blocks is, and what is around them
+            stays Python with weights of its own, so that caches can skip blocks: those that do not look inside.
 
     Raises:
         UserError: something that cannot be exported, is not installed, or a graph that differs from the model.
@@ -100,8 +104,10 @@ def export(
     directory = Path(directory)
     _check(pipe, directory, calls)
     _check_format(format)
+    if granularity not in GRANULARITIES:
+        raise UserError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
     with _fused(pipe.transformer) as way:
-        recorded = [each for arguments in calls for each in _record(pipe, arguments)]
+        recorded = [each for arguments in calls for each in _record(pipe, arguments, granularity)]
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
             folder = Path(temporary) / "export"
@@ -112,6 +118,8 @@ def export(
                 graphs.append(graph)
             if way is not None:
                 way.save(folder)
+            if granularity == "block":
+                _save_outside(pipe.transformer, folder / "transformer")
             save_file(checks, folder / CHECK_FILE)
             if format == "onnx":
                 graphs = _with_onnx(graphs, folder)
@@ -179,7 +187,7 @@ def _fused(transformer: nn.Layer) -> Iterator[target_time.TargetTime | None]:
             lora.unfuse(transformer)
 
 
-def _record(pipe: Pipeline, arguments: Mapping[str, Any]) -> list[Recorded]:
+def _record(pipe: Pipeline, arguments: Mapping[str, Any], granularity: str) -> list[Recorded]:
     """What the components are called with while the pipeline makes an image."""
     recorded, hooks = [], []
 
@@ -196,7 +204,11 @@ def _record(pipe: Pipeline, arguments: Mapping[str, Any]) -> list[Recorded]:
 
     for component, layer in _models(pipe).items():
         layer.eval()
-        listen(component, layer)
+        if component == "transformer" and granularity == "block":
+            for path, block in units.named_blocks(layer).items():
+                listen(f"{component}.{path}", block)
+        else:
+            listen(component, layer)
     defaults = {"num_inference_steps": 1, "output_type": "np", "generator": Generator(0)}
     if not {"prompt", "prompt_embeds"} & set(arguments):
         defaults["prompt"] = "0" if "num_classes" in pipe.config else "a photo of a cat"
@@ -231,7 +243,7 @@ def _save(each: Recorded, directory: Path, index: int) -> tuple[GraphEntry, dict
     inputs = shapes.resized([tensor.numpy() for tensor in each.tensors], axes)
     with _four_axes(each.layer):
         unit = units.trace(each.layer, each.original, each.call, axes, told=each.told)
-    stem = f"{each.component}/{each.method}-{index}"
+    stem = f"{each.component.replace('.', '/', 1)}/{each.method}-{index}"
     try:
         with units.tracing(), paddle.no_grad(), unit._telling:
             paddle.jit.save(unit, str(directory / stem))
@@ -251,6 +263,17 @@ def _save(each: Recorded, directory: Path, index: int) -> tuple[GraphEntry, dict
     )
     check = {f"input.{i}": np.ascontiguousarray(array) for i, array in enumerate(inputs)}
     return entry, check | {f"output.{i}": np.ascontiguousarray(array) for i, array in enumerate(outputs)}
+
+
+def _save_outside(transformer: nn.Layer, folder: Path) -> None:
+    """The weights of a transformer that are not in its blocks."""
+    blocks = tuple(f"{path}." for path in units.named_blocks(transformer))
+    weights = {
+        name: weight.numpy()
+        for name, weight in transformer.state_dict().items()
+        if not name.startswith(blocks) and not ADAPTER_NAMES.search(name)
+    }
+    save_file(weights, folder / OUTSIDE)
 
 
 @contextlib.contextmanager
@@ -291,7 +314,7 @@ def _with_onnx(graphs: Sequence[GraphEntry], directory: Path) -> list[GraphEntry
     def entry(graph: GraphEntry) -> GraphEntry:
         target = jobs[id(graph)].target
         if reason := failed.get(target):
-            if graph.component == "transformer":
+            if graph.model == "transformer":
                 raise UserError(f"{graph.title} cannot be written as ONNX: {reason}")
             return replace(graph, lacking={"onnx": reason})
         return replace(graph, files={**graph.files, "onnx": (target.relative_to(directory).as_posix(),)})
@@ -307,7 +330,7 @@ def _drop_wrong(manifest: Manifest, directory: Path) -> None:
         try:
             graphs.check(*case)
         except UserError as error:
-            if graph.component == "transformer":
+            if graph.model == "transformer":
                 raise
             for name in graph.files.pop("onnx"):
                 (directory / name).unlink()

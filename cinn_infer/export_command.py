@@ -11,7 +11,7 @@ from typing import Any
 
 from cinn_infer import onnx_files
 from cinn_infer.bench_report import table
-from cinn_infer.export import FORMATS, export
+from cinn_infer.export import FORMATS, GRANULARITIES, export
 from cinn_infer.graphs import Graphs
 from cinn_infer.manifest import FILE, Manifest
 from fast_diffusers.errors import UserError
@@ -33,6 +33,13 @@ def parser() -> argparse.ArgumentParser:
     add_option(made, "formats", help="paddle or paddle,onnx (default: both, if what writes ONNX is installed)")
     for edge in ("height", "width"):
         add_option(made, edge, type=int, action="append", help="in pixels; repeat both for several sizes (the model's)")
+    add_option(
+        made,
+        "granularity",
+        choices=GRANULARITIES,
+        default="model",
+        help="one graph of the transformer, or one of each block, between which caches can act (%(default)s)",
+    )
     add_option(made, "prompt", help="one of the longest to come, where the graph depends on its length")
     return made
 
@@ -47,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("opening %s", arguments.model)
     pipe = open_student(arguments.model, arguments)
     logger.info("writing and checking the graphs of %d call%s", len(calls), "s" * (len(calls) > 1))
-    manifest = export(pipe, arguments.directory, format, calls)
+    manifest = export(pipe, arguments.directory, format, calls, granularity=arguments.granularity)
     print(summary(manifest, arguments.directory, time.perf_counter() - started))
 
 

@@ -47,7 +47,7 @@ class Graphs:
         """(runtime, precision) of a graph."""
         if engines.FORMAT[self.runtime] not in graph.files:
             return "paddle", "fp32"
-        return self.runtime, self.precision if graph.component == "transformer" else "fp32"
+        return self.runtime, self.precision if graph.model == "transformer" else "fp32"
 
     def engine(self, graph: GraphEntry) -> engines.Engine:
         """What runs a graph."""
@@ -55,7 +55,7 @@ class Graphs:
         if index not in self._engines:
             runtime, precision = self.plan(graph)
             files = [self.directory / name for name in graph.files[engines.FORMAT[runtime]]]
-            model = self.manifest.models[graph.component]
+            model = self.manifest.models[graph.model]
             self._engines[index] = engines.open_engine(
                 runtime, files, graph.graph_names, precision, self.threads, model, self.cinn and runtime == "paddle"
             )
@@ -135,7 +135,7 @@ def require(manifest: Manifest, directory: Path, runtime: str, precision: str) -
     """UserError unless the runtime can run the transformer of an export in this precision."""
     engines.require(runtime, precision, manifest.models["transformer"])
     for graph in manifest.graphs:
-        if graph.component == "transformer" and engines.FORMAT[runtime] not in graph.files:
+        if graph.model == "transformer" and engines.FORMAT[runtime] not in graph.files:
             reason = graph.lacking.get(engines.FORMAT[runtime], "it was exported without")
             raise UserError(
                 f"{directory} has no ONNX file of its transformer, which {engines.TITLES[runtime]} needs ({reason}): "

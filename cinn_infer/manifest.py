@@ -13,6 +13,8 @@ from fast_diffusers.errors import UserError
 
 FILE = "manifest.json"
 CHECK_FILE = "check.safetensors"
+OUTSIDE = "outside.safetensors"
+"""In the folder of a transformer whose blocks are graphs: the weights that are not in these."""
 VERSION = 1
 
 
@@ -21,7 +23,7 @@ class GraphEntry:
     """One exported graph.
 
     Attributes:
-        component, method: what it stands in for.
+        component, method: what it stands in for; a block of a component is "component.path".
         constants: the arguments beside the tensors, see `cinn_infer.calls.Call`.
         inputs: (name, dtype, axes) of every tensor; an axis is a size or the name of a free one.
         outputs: layout of the result, see `cinn_infer.calls.Structure`.
@@ -36,6 +38,11 @@ class GraphEntry:
     outputs: Any
     files: Mapping[str, tuple[str, ...]]
     lacking: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        """The component that it is of, or is."""
+        return self.component.partition(".")[0]
 
     @property
     def names(self) -> list[str]:

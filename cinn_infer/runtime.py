@@ -11,12 +11,13 @@ from typing import Any, NoReturn
 import numpy as np
 import paddle
 from paddle import nn
+from safetensors.numpy import load_file
 
 import fast_diffusers.pipelines  # noqa: F401  (defines the classes)
 from cinn_infer import choice, engines, shapes, units
 from cinn_infer.calls import Call, Structure
 from cinn_infer.graphs import Graphs, require
-from cinn_infer.manifest import FILE, GraphEntry, Manifest
+from cinn_infer.manifest import FILE, OUTSIDE, GraphEntry, Manifest
 from fast_diffusers import target_time
 from fast_diffusers.errors import UserError
 from fast_diffusers.models.checkpoint_io import read_json
@@ -93,7 +94,14 @@ def _pipeline(manifest: Manifest, directory: Path, graphs: Graphs) -> Pipeline:
     if way := target_time.TargetTime.load(directory, pipe.transformer):
         target_time.attach(pipe.transformer, way)
     for name in manifest.models:
-        _stand_in(name, getattr(pipe, name), graphs)
+        model = getattr(pipe, name)
+        outside = directory / name / OUTSIDE
+        if outside.is_file():
+            _load_outside(model, outside)
+            for path, block in units.named_blocks(model).items():
+                _stand_in(f"{name}.{path}", block, graphs)
+        else:
+            _stand_in(name, model, graphs)
     for name in REFUSED:
         if hasattr(pipe, name):
             object.__setattr__(pipe, name, partial(_refuse, name))
@@ -115,8 +123,16 @@ def _shell(class_name: str, folder: Path) -> nn.Layer:
     return model
 
 
+def _load_outside(model: nn.Layer, path: Path) -> None:
+    """Give a model its weights beside those of its blocks."""
+    targets = model.state_dict()
+    with paddle.no_grad():
+        for name, weight in load_file(path).items():
+            targets[name].set_value(weight)
+
+
 def _stand_in(component: str, model: nn.Layer, graphs: Graphs) -> None:
-    """Put the graphs of a component in place of its methods, and errors in place of those that have none."""
+    """Put the graphs of a component, or block, in place of its methods, and errors in place of those without one."""
     own = [graph for graph in graphs.manifest.graphs if graph.component == component]
     layers = [layer for layer in model.sublayers() if layer is not model]
     methods = {graph.method for graph in own}
@@ -133,7 +149,10 @@ def _run(
 ):
     """One call of a model's method, by the graph that fits it."""
     if any("forward" in layer.__dict__ for layer in layers):
-        raise UserError("a cache has no effect on an exported model, which runs as one graph: call disable_cache")
+        raise UserError(
+            f"a cache has no effect inside {entries[0].title}, which is one graph: call disable_cache, or export with "
+            "granularity='block'"
+        )
     call = Call(original, args, units.normal(kwargs))
     told = units.told_now() if entries[0].component == "transformer" else None
     names, tensors = units.inputs(call, told)

@@ -12,7 +12,7 @@ from paddle.static import InputSpec
 Axes = tuple[str | int, ...]
 """One entry an axis of a tensor: its size, or the name of a free one; axes of one name have one size."""
 
-TENSORS: Mapping[tuple[str, int], tuple[str, ...]] = {
+TENSORS: Mapping[tuple[str, int], tuple[str | None, ...]] = {
     ("hidden_states", 3): ("batch", "tokens"),
     ("hidden_states", 4): ("batch",),
     ("encoder_hidden_states", 3): ("batch", "text"),
@@ -24,6 +24,9 @@ TENSORS: Mapping[tuple[str, int], tuple[str, ...]] = {
     ("temb", 2): ("batch",),
     ("image_rotary_emb", 3): ("joint",),
     ("rope", 3): ("joint",),
+    ("rope", 4): ("batch", "tokens"),
+    ("bias", 4): ("batch", None, None, "keys"),
+    ("modulation", 2): ("batch",),
     ("img_ids", 2): ("tokens",),
     ("txt_ids", 2): ("text",),
     ("controlnet_block_samples", 3): ("batch", "tokens"),
@@ -38,11 +41,12 @@ TENSORS: Mapping[tuple[str, int], tuple[str, ...]] = {
     ("z", 4): ("batch",),
     ("z", 5): ("batch",),
 }
-"""The leading axes of tensors by argument and rank that a traced model leaves free; the others are as they were."""
+"""The leading axes of tensors by argument and rank that a traced model leaves free; others, and None, are as they were.
+"joint" is text and image; "keys" is what attention goes to: that, or one of them."""
 
 FIXED: Mapping[str, frozenset[str]] = {
     "QwenImageTransformer2DModel": frozenset({"tokens"}),  # the grid of an image is an argument, not a tensor
-    "QwenImageTransformerBlock": frozenset({"tokens", "joint"}),
+    "SanaTransformerBlock": frozenset({"tokens"}),  # height is an argument
 }
 """Names of axes that are not free in some models."""
 
@@ -53,7 +57,9 @@ def axes(layer: nn.Layer, names: Sequence[str], tensors: Sequence[paddle.Tensor]
 
     def one(name: str, tensor: paddle.Tensor) -> Axes:
         free = TENSORS.get((name.split(".")[0], tensor.ndim), ())
-        free = tuple(size if axis in fixed else axis for axis, size in zip(free, tensor.shape, strict=False))
+        free = tuple(
+            size if axis is None or axis in fixed else axis for axis, size in zip(free, tensor.shape, strict=False)
+        )
         return (*free, *tensor.shape[len(free) :])
 
     return [one(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
@@ -81,11 +87,14 @@ def misfit(names: Sequence[str], shapes: Sequence[Axes], found: Sequence[Sequenc
 
 def resized(tensors: Sequence[np.ndarray], shapes: Sequence[Axes]) -> list[np.ndarray]:
     """Inputs of other sizes along the free axes, one more on each; rows are repeated in their order."""
+    free = {size for shape in shapes for size in shape if isinstance(size, str)}
+    joint = len({"text", "tokens"} & free)
+    extras = {"joint": joint, "keys": joint if "joint" in free else 1}
 
     def grow(array: np.ndarray, shape: Axes) -> np.ndarray:
         for axis, size in enumerate(shape):
             if isinstance(size, str):
-                extra = 2 if size == "joint" else 1  # text and tokens
+                extra = extras.get(size, 1)
                 array = np.take(array, np.arange(array.shape[axis] + extra) % array.shape[axis], axis)
         return array
 

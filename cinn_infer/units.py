@@ -19,6 +19,9 @@ from fast_diffusers.caching.intercept import Interceptor
 from fast_diffusers.errors import UserError
 from fast_diffusers.models.z_image import LENGTH_MULTIPLE
 
+BLOCKS = ("transformer_blocks", "single_transformer_blocks", "noise_refiner", "context_refiner", "layers")
+"""Names of the lists of blocks that transformers have."""
+
 _tracing = threading.local()
 
 
@@ -47,6 +50,7 @@ class Unit(nn.Layer):
         self.layer, self.embedding = layer, embedding
         self._method, self._call = method, call
         self._telling = contextlib.ExitStack()
+        self._given: list[paddle.Tensor] = []
         self.structure: Structure | None = None
 
     def forward(self, tensors):
@@ -57,6 +61,7 @@ class Unit(nn.Layer):
 
     @paddle.jit.not_to_static
     def _arguments(self, tensors):
+        self._given = list(tensors)  # a graph cannot return these themselves
         if self.embedding is not None:
             self._telling.enter_context(telling(self.embedding, tensors[-1]))
         return self._call.arguments(tensors)
@@ -65,7 +70,7 @@ class Unit(nn.Layer):
     def _tensors(self, result):
         self._telling.close()
         self.structure, tensors = Structure.of(result)
-        return tensors
+        return [paddle.assign(each) if any(each.is_same(x) for x in self._given) else each for each in tensors]
 
 
 def trace(
@@ -112,6 +117,14 @@ def inputs(call: Call, told: Told | None) -> tuple[list[str], list[paddle.Tensor
     if told is None:
         return [*call.names], [*call.tensors]
     return [*call.names, "told"], [*call.tensors, told[1]]
+
+
+def named_blocks(model: nn.Layer) -> dict[str, nn.Layer]:
+    """The blocks of a transformer by their paths, such as "transformer_blocks.0". UserError if it has none."""
+    found = {f"{name}.{i}": block for name in BLOCKS for i, block in enumerate(getattr(model, name, ()))}
+    if not found:
+        raise UserError(f"{type(model).__name__} has no list of blocks: take granularity='model'")
+    return found
 
 
 @contextlib.contextmanager

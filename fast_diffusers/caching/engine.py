@@ -46,6 +46,7 @@ class Cache:
     def __init__(self, transformer: nn.Layer, config: CacheConfig, pipeline: Any = None):
         self.config, self.transformer, self.pipeline = config, transformer, pipeline
         self.structure = Structure.of(transformer)
+        _check_reach(config, self.structure)
         config.check(self.structure)
         self.runs = Runs(self.structure, lambda: config.state(config, self.structure))
         self._state: BranchState | None = None  # of the forward that is going on
@@ -270,6 +271,16 @@ def _require(pipe_or_transformer: Any) -> Cache:
     if cache := _find(pipe_or_transformer):
         return cache
     raise UserError(f"no cache is enabled on this {type(pipe_or_transformer).__name__}: call enable_cache first")
+
+
+def _check_reach(config: CacheConfig, structure: Structure) -> None:
+    """UserError for a method that looks into blocks of which there is only a graph: such have no weights."""
+    weights = (weight for block in structure.blocks for weight in block.layer.parameters())
+    if config.looks_inside and not all(weight._is_initialized() for weight in weights):
+        raise UserError(
+            f"{type(config).__name__} looks into blocks, and those of this {type(structure.transformer).__name__} are "
+            "exported graphs: take FirstBlockTaylor, CGTaylor, SortBlock or BlockDance"
+        )
 
 
 def _argument_names(layer: nn.Layer, method: str) -> list[str]:

@@ -11,13 +11,14 @@ model whose blocks run as graphs of their own, whatever runs them, can be cached
    returns is never overwritten by a later run of it: caches keep it for several steps;
 3. what stands in for `forward` is set on the object before the cache, and taken off after it.
 
-`cinn_infer.compile(granularity="block")` is such a form. What a method needs beyond that:
+What `cinn_infer.compile` and `export` make with granularity="block" are such forms. What a method needs beyond that:
 
 - blocks alone: FirstBlockTaylor, CGTaylor, SortBlock, BlockDance;
-- `BlockKind.modulated`, the block's first norm with its weights, as a layer: TeaCache, TeaBlockCache. Where a block is
-  a graph without its layers, the graph would have to return this tensor, or a small graph of its own give it;
+- `BlockKind.modulated`, the block's first norm with its weights, as a layer: TeaCache, TeaBlockCache;
 - sublayers that are called one by one (`Site`): TaylorSeer, PyramidAttentionBroadcast, TGate. They cannot work where a
   block is one graph, and whoever makes the graph has to refuse them: a sublayer then has `forward` among its `vars`.
+
+Both are `CacheConfig.looks_inside`, which `enable_cache` refuses where the blocks have no weights, as exported ones.
 """
 
 from __future__ import annotations

@@ -152,9 +152,13 @@ class BranchState:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Base of the methods' settings; `state` is the class that acts on them."""
+    """Base of the methods' settings; `state` is the class that acts on them.
+
+    `looks_inside`: blocks have to be layers, as the method calls or reads what is inside them.
+    """
 
     state: ClassVar[type[BranchState]]
+    looks_inside: ClassVar[bool] = False
 
     def check(self, structure: Structure) -> None:
         """UserError if the method cannot work with a model."""

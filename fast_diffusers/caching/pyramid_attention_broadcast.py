@@ -46,6 +46,7 @@ class PyramidAttentionBroadcast(CacheConfig):
     """
 
     state: ClassVar = PyramidAttentionBroadcastState
+    looks_inside: ClassVar = True
 
     spatial_range: int = 2
     cross_range: int = 2

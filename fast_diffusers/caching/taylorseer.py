@@ -51,6 +51,7 @@ class TaylorSeer(CacheConfig):
     """
 
     state: ClassVar = TaylorSeerState
+    looks_inside: ClassVar = True
 
     interval: int = 3
     max_order: int = 1

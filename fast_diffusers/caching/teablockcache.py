@@ -153,6 +153,7 @@ class TeaBlockCache(CacheConfig):
     """
 
     state: ClassVar = TeaBlockCacheState
+    looks_inside: ClassVar = True
 
     threshold: float = 0.25
     coefficients: tuple[float, ...] | None = None

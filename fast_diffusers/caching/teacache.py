@@ -95,6 +95,7 @@ class TeaCache(CacheConfig):
     """
 
     state: ClassVar = TeaCacheState
+    looks_inside: ClassVar = True
 
     threshold: float = 0.25
     coefficients: tuple[float, ...] | None = None

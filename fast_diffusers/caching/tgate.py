@@ -113,6 +113,7 @@ class TGate(CacheConfig):
     """
 
     state: ClassVar = TGateState
+    looks_inside: ClassVar = True
 
     gate: int = 10
     warm_up: int = 2

@@ -12,7 +12,14 @@ import cinn_infer
 from cinn_infer import engines, onnx_files
 from cinn_infer.manifest import FILE, Manifest
 from fast_diffusers import lora, target_time
-from fast_diffusers.caching import PyramidAttentionBroadcast, disable_cache, enable_cache
+from fast_diffusers.caching import (
+    FirstBlockTaylor,
+    PyramidAttentionBroadcast,
+    SortBlock,
+    TeaCache,
+    disable_cache,
+    enable_cache,
+)
 from fast_diffusers.errors import UserError
 from fast_diffusers.pipelines import SanaLabelPipeline
 from fast_diffusers.random import Generator
@@ -145,10 +152,48 @@ def test_what_an_export_cannot_do(loaded):
     for use in (lambda: loaded.load_lora_weights("x"), lambda: loaded.save_pretrained("x")):
         with pytest.raises(UserError, match="has no weights"):
             use()
-    enable_cache(loaded, PyramidAttentionBroadcast())
-    with pytest.raises(UserError, match="disable_cache"):
+    with pytest.raises(UserError, match="PyramidAttentionBroadcast looks into blocks"):
+        enable_cache(loaded, PyramidAttentionBroadcast())
+    enable_cache(loaded, SortBlock())
+    with pytest.raises(UserError, match="which is one graph: call disable_cache"):
         images(loaded)
     disable_cache(loaded)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "ppdiffusers_sd3", "sprint", "qwen_image", "z_image"])
+def test_caches_skip_exported_blocks(request, make_pipeline, tmp_path, family):
+    """The images are those of the eager pipeline with the same cache, and what is skipped does not run."""
+    pipe = request.getfixturevalue("sprint") if family == "sprint" else make_pipeline(family)
+    size = dict(height=32 if family in ("flux", "sprint") else 16, width=16)
+    cinn_infer.export(pipe, tmp_path / "export", calls=[size], granularity="block")
+    loaded = cinn_infer.load(tmp_path / "export", "paddle")
+    loaded.set_progress_bar_config(disable=True)
+
+    def both(runs):
+        call = size | dict(prompt=["a cat", "a dog on a hill"], num_inference_steps=4, output_type="np")
+        loaded.graphs.runs.clear()
+        found, expected = (each(**call, generator=Generator(0)).images for each in (loaded, pipe))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        first, *_, last = (count for name, count in loaded.graphs.runs.items() if name.startswith("transformer."))
+        assert last == runs * first // 4
+        return expected
+
+    plain = both(4)
+    config = FirstBlockTaylor(threshold=1e9, max_order=0, first_enhance=1)
+    for each in (loaded, pipe):
+        enable_cache(each, config)
+    assert np.abs(both(2) - plain).max() > 1e-3
+    assert disable_cache(loaded).compute_fraction == disable_cache(pipe).compute_fraction < 1
+    with pytest.raises(UserError, match=r"TeaCache looks into blocks, .* take FirstBlockTaylor"):
+        enable_cache(loaded, TeaCache(coefficients=(1.0, 0.0)))
+
+
+def test_blocks_of_a_student(student, tmp_path):
+    """What it is told of its target time, and LoRA outside of the blocks, are not in their graphs."""
+    cinn_infer.export(student, tmp_path / "blocks", granularity="block")
+    loaded = cinn_infer.load(tmp_path / "blocks", "paddle")
+    loaded.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(images(loaded), images(student), atol=1e-5)
 
 
 def damaged(copy, kind):
@@ -209,6 +254,7 @@ def test_bad_requests(exported, student, tmp_path, monkeypatch):
         ((student, tmp_path), "not an export and not empty"),
         ((student, tmp_path / "x", "tflite"), "format must be one of paddle, onnx"),
         ((student, tmp_path / "x", "paddle", []), "calls must hold"),
+        ((student, tmp_path / "x", "paddle", ({},), 1e-4, "loop"), "granularity must be one of model, block"),
         ((student.transformer, tmp_path / "x"), "takes a pipeline of fast_diffusers"),
     ]:
         with pytest.raises(UserError, match=message):
