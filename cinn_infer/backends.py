@@ -27,6 +27,10 @@ free axes too, and fuse and schedule these; one kernel for a range of sizes rath
 KERNEL_CACHE_FLAGS = ("FLAGS_enable_cinn_kernel_cache", "FLAGS_cinn_kernel_cache_save_path")
 """CINN's own cache of compiled kernels on disk: whether it is used (by default not), and its folder."""
 
+CPU_FLAGS: Mapping[str, bool] = {"FLAGS_enable_pir_in_executor_trace_run": True}
+"""For static graphs on a CPU: operators run in order in the caller's thread. Handing each to a pool of threads, as
+Paddle does by itself, is for devices that run beside the host, and makes small operators several times as long."""
+
 HOW_TO_GET_CINN = (
     "install a GPU wheel of PaddlePaddle, whose Linux builds contain it: "
     "pip install paddlepaddle-gpu==3.3.1 -i https://www.paddlepaddle.org.cn/packages/stable/cu126/, "
@@ -71,16 +75,18 @@ def uses_cinn(static: Any) -> bool:
 
 
 def known_flags() -> dict[str, Any]:
-    """The values of those of CINN's flags that this wheel knows; some come and go with versions."""
+    """The values of those of our flags that this wheel knows; some come and go with versions."""
     found: dict[str, Any] = {}
-    for name in (*CINN_FLAGS, *KERNEL_CACHE_FLAGS):
+    for name in (*CINN_FLAGS, *KERNEL_CACHE_FLAGS, *CPU_FLAGS):
         with contextlib.suppress(ValueError):
             found |= paddle.get_flags([name])
     return found
 
 
-def wanted_flags(cache: Path | None) -> dict[str, Any]:
-    """What CINN's flags should be; its kernels are kept beside the programs, or not at all without a folder."""
+def wanted_flags(backend: str, cache: Path | None) -> Mapping[str, Any]:
+    """What flags should be; CINN's kernels are kept beside the programs, or not at all without a folder."""
+    if backend != "cinn":
+        return CPU_FLAGS if backend == "pir" and paddle.get_device() == "cpu" else {}
     if cache is None:
         return {**CINN_FLAGS, "FLAGS_enable_cinn_kernel_cache": False}
     return {**CINN_FLAGS, **dict(zip(KERNEL_CACHE_FLAGS, (True, f"{cache.parent / 'kernels'}/"), strict=True))}
@@ -93,11 +99,8 @@ def flags(backend: str, cache: Path | None = None) -> Iterator[None]:
     Args:
         cache: the folder of programs, see `wanted_flags`.
     """
-    if backend != "cinn":
-        yield
-        return
     before = known_flags()
-    paddle.set_flags({name: value for name, value in wanted_flags(cache).items() if name in before})
+    paddle.set_flags({name: value for name, value in wanted_flags(backend, cache).items() if name in before})
     try:
         yield
     finally:
