@@ -15,7 +15,7 @@ import numpy as np
 from fast_diffusers.errors import UserError
 
 COPIES, ROOM = 8, 2**30
-"""How many shapes a graph is compiled for at a time, and how many bytes the weights of all these may be."""
+"""How many shapes a graph is compiled for at a time, and how many bytes the weights of all copies of a model may be."""
 
 
 class OpenVINOEngine:
@@ -23,10 +23,18 @@ class OpenVINOEngine:
 
     In int8 NNCF gives every matrix one scale a column and eight bits an entry when the graph is opened, which needs
     no data. In bf16 the sines and cosines of time and positions are computed apart, in float32: OpenVINO would round
-    their angles, of up to 1000, to bfloat16.
+    their angles, of up to 1000, to bfloat16. `siblings` is how many graphs share `ROOM`.
     """
 
-    def __init__(self, files: Sequence[Path], names: Sequence[str], precision: str, threads: int, model: str):
+    def __init__(
+        self,
+        files: Sequence[Path],
+        names: Sequence[str],
+        precision: str,
+        threads: int,
+        model: str,
+        siblings: int = 1,
+    ):
         graph = _core().read_model(str(files[0]))
         own = [each.get_any_name() for each in graph.inputs]
         if sorted(own) != sorted(names):
@@ -42,9 +50,9 @@ class OpenVINOEngine:
         self._waves = None
         if precision == "bf16":
             if waves := _take_waves(graph):
-                self._waves = _Model(waves, options)
+                self._waves = _Model(waves, options, siblings)
             options = options | {"INFERENCE_PRECISION_HINT": "bf16"}
-        self._model = _Model(graph, options)
+        self._model = _Model(graph, options, siblings)
         self._places = [list(names).index(name) for name in own]
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -57,8 +65,8 @@ class OpenVINOEngine:
 class _Model:
     """A graph that is compiled for the shapes that come, as this is faster; a large one once, for all shapes."""
 
-    def __init__(self, graph: Any, options: Mapping[str, Any]):
-        self._copies = min(COPIES, ROOM // max(1, _weights(graph)))
+    def __init__(self, graph: Any, options: Mapping[str, Any], siblings: int):
+        self._copies = min(COPIES, ROOM // siblings // max(1, _weights(graph)))
         self._request = functools.lru_cache(max(1, self._copies))(functools.partial(_request, graph, options))
         if not self._copies:
             self._request(None)

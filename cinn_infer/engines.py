@@ -114,14 +114,16 @@ def open_engine(
     threads: int,
     model: str,
     cinn: bool = False,
+    siblings: int = 1,
 ) -> Engine:
-    """The engine of a graph; `cinn` is for Paddle Inference only.
+    """The engine of a graph, which is one of `siblings` of its model; `cinn` is for Paddle Inference only.
 
     Raises:
         UserError: the runtime does not open these files.
     """
     try:
-        return ENGINES[runtime](files, names, precision, threads, model, **({"cinn": True} if cinn else {}))
+        own = {"paddle": {"cinn": cinn}, "openvino": {"siblings": siblings}}.get(runtime, {})
+        return ENGINES[runtime](files, names, precision, threads, model, **own)
     except UserError:
         raise
     except Exception as error:  # the runtimes raise classes of their own

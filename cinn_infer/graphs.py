@@ -56,8 +56,9 @@ class Graphs:
             runtime, precision = self.plan(graph)
             files = [self.directory / name for name in graph.files[engines.FORMAT[runtime]]]
             model = self.manifest.models[graph.model]
+            siblings = sum(each.model == graph.model for each in self.manifest.graphs)
             self._engines[index] = engines.open_engine(
-                runtime, files, graph.graph_names, precision, self.threads, model, self.cinn and runtime == "paddle"
+                runtime, files, graph.graph_names, precision, self.threads, model, self.cinn, siblings
             )
         return self._engines[index]
 

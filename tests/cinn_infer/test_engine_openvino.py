@@ -48,9 +48,15 @@ def product(folder):
     return folder / "product.onnx"
 
 
-@pytest.mark.parametrize(("room", "compiled"), [(2**30, ["2", "3", "4", "2"]), (64 * 64 * 4 - 1, ["?"])])
-def test_small_graphs_are_compiled_for_their_shapes(tmp_path, monkeypatch, room, compiled):
-    """Where two may be kept, the one used longest ago gives way to a third; a large graph is compiled once."""
+WEIGHTS = 64 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("room", "siblings", "compiled"),
+    [(2**30, 1, ["2", "3", "4", "2"]), (3 * WEIGHTS, 1, ["2", "3", "4", "2"]), (3 * WEIGHTS, 4, ["?"])],
+)
+def test_small_graphs_are_compiled_for_their_shapes(tmp_path, monkeypatch, room, siblings, compiled):
+    """Where two may be kept, the one used longest ago gives way to a third; what has no room is compiled once."""
     pytest.importorskip("openvino")
     monkeypatch.setattr(engine_openvino, "ROOM", room)
     monkeypatch.setattr(engine_openvino, "COPIES", 2)
@@ -64,7 +70,7 @@ def test_small_graphs_are_compiled_for_their_shapes(tmp_path, monkeypatch, room,
 
     counting = SimpleNamespace(read_model=core.read_model, compile_model=compile_model)
     monkeypatch.setattr(engine_openvino, "_core", lambda: counting)
-    engine = engine_openvino.OpenVINOEngine([product(tmp_path)], ["x"], "fp32", 1, "")
+    engine = engine_openvino.OpenVINOEngine([product(tmp_path)], ["x"], "fp32", 1, "", siblings)
     for count in (2, 3, 2, 3, 4, 3, 2):
         x = np.random.default_rng(count).standard_normal((count, 64)).astype("float32")
         np.testing.assert_array_equal(engine.run([x])[0], x)
