@@ -94,7 +94,7 @@ class Loop:
         return self.clock() - started
 
     def cached(self, config: CacheConfig) -> float:
-        """The same with a cache."""
+        """The same with a cache; what it takes to enable it once, for any number of images, is not counted."""
         enable_cache(self.model, config)
         try:
             return self()

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import paddle
@@ -68,13 +69,16 @@ class BlockKind:
 
     def unpack(self, result: Any) -> Streams:
         """A block's result as streams."""
-        return (result,) if self.outputs is None else tuple(result[position] for position in self.outputs)
+        return (result,) if self.outputs is None else tuple([result[position] for position in self.outputs])
 
     def pack(self, streams: Streams) -> Any:
         """Streams as a block's result."""
-        if self.outputs is None:
-            return streams[0]
-        return tuple(stream for _, stream in sorted(zip(self.outputs, streams, strict=True), key=lambda pair: pair[0]))
+        return streams[0] if self.outputs is None else tuple([streams[number] for number in self._order])
+
+    @cached_property
+    def _order(self) -> list[int]:
+        """The numbers of the streams in the order of the block's result."""
+        return sorted(range(len(self.outputs)), key=self.outputs.__getitem__)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class BlockCall:
     @property
     def streams(self) -> Streams:
         """What flows into the block."""
-        return tuple(self.given[name] for name in self.block.kind.streams)
+        return tuple([self.given[name] for name in self.block.kind.streams])
 
     def compute(self) -> Streams:
         """What flows out of it."""
@@ -178,12 +178,12 @@ def relative_change(value: Tensor, before: Tensor) -> Tensor:
 
 def residual(outputs: Streams, inputs: Streams) -> Streams:
     """What was added to each stream, detached; None for a stream that ended (the text in the last block of some)."""
-    return tuple(None if out is None else (out - x).detach() for out, x in zip(outputs, inputs, strict=True))
+    return tuple([None if out is None else (out - x).detach() for out, x in zip(outputs, inputs, strict=True)])
 
 
 def add(inputs: Streams, added: Streams) -> Streams:
     """Streams with a `residual` put on them."""
-    return tuple(x if part is None else x + part for x, part in zip(inputs, added, strict=True))
+    return tuple([x if part is None else x + part for x, part in zip(inputs, added, strict=True)])
 
 
 def first_eighth(x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def _times(time: Any) -> tuple[float, ...]:
     """The different values of a time argument."""
     if isinstance(time, Tensor):
         time = (time if time.dtype == paddle.float64 else time.astype("float32")).numpy()
-    return tuple(np.unique(np.asarray(time, dtype=np.float64)).tolist())
+    return tuple(sorted(set(np.asarray(time, dtype=np.float64).ravel().tolist())))
 
 
 def _shapes(value: Any) -> Any:

@@ -65,27 +65,29 @@ class Counters:
     reused: Counter = field(default_factory=Counter)
     records: list[StepRecord] = field(default_factory=list)
     saved: int = 0  # parameters, in this forward
-    parts: tuple[int, int] = (0, 0)  # computed and reused in this forward
+    ran: int = 0  # parts computed in this forward
+    skipped: int = 0  # parts reused in it
 
     def begin(self) -> None:
         """A forward starts."""
-        self.saved, self.parts = 0, (0, 0)
+        self.saved = self.ran = self.skipped = 0
 
     def count(self, part: str, computed: bool) -> None:
         """A part of the model was asked for."""
         if computed:
             self.computed[part] += 1
+            self.ran += 1
         else:
             self.reused[part] += 1
+            self.skipped += 1
             self.saved += self.sizes[part]
-        self.parts = (self.parts[0] + computed, self.parts[1] + (not computed))
 
     def end(self, step: int, branch: int, noise_level: float, share: float) -> None:
         """A forward is over, of which `share` of the rows was computed."""
         self.forwards += 1
         self.dropped += share == 0
         self.spent += share * (1 - self.saved / self.total)
-        self.records.append(StepRecord(step, branch, noise_level, *self.parts))
+        self.records.append(StepRecord(step, branch, noise_level, self.ran, self.skipped))
 
     def snapshot(self, method: str, runs: int) -> CacheStats:
         """The sums as they stand."""

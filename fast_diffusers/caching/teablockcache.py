@@ -47,7 +47,7 @@ def relative_changes(values: Sequence[Tensor], before: Sequence[Tensor]) -> list
 
 def detached(streams: Streams) -> Streams:
     """The same tensors without their gradient; None for a stream that ended."""
-    return tuple(None if x is None else x.detach() for x in streams)
+    return tuple([None if x is None else x.detach() for x in streams])
 
 
 class TeaBlockCacheState(BranchState):
