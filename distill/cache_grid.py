@@ -81,7 +81,9 @@ def _few(tea: dict[str, Any], sort: dict[str, Any]) -> list[CacheConfig]:
         *(c.TaylorSeer(2, max_order=order, first_enhance=enhance) for order, enhance in ((0, 1), (1, 2))),
         *(c.CGTaylor(threshold) for threshold in (0.1, 0.3)),
         *(c.BlockDance(period=2, depth=depth, **whole) for depth in (0.25, 0.5, 0.75)),
+        *(c.BlockDance(start=700.0, end=0.0, period=2, depth=depth) for depth in (0.5, 0.75)),
         c.PyramidAttentionBroadcast(2, 2, **whole),
+        c.PyramidAttentionBroadcast(2, 2, start=900.0, end=500.0),
         c.TGate(gate=2, warm_up=1, fi_interval=2),
     ]
 

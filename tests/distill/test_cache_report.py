@@ -13,6 +13,7 @@ ROWS = [
 
 def test_what_is_on_the_frontier():
     assert frontier(ROWS) == [False, True, True, False, True, True]  # of equal ones, both are
+    assert frontier(ROWS, "frechet_same_noise", min) == frontier(ROWS)
     assert frontier([]) == []
 
 
