@@ -54,7 +54,7 @@ class Cache:
         parts = list(self._parts())
         self.counters = Counters({name: _size(layer) for name, layer, *_ in parts}, max(1, _size(transformer)))
         self._forward_names = _argument_names(transformer, "forward")
-        self._interceptors = [Interceptor(transformer, "forward", self._forward)]
+        self._interceptors = [Interceptor(transformer, "forward", self._forward), *self._readers()]
         for _, layer, method, handler in parts:
             self._interceptors.append(Interceptor(layer, method, handler))
         if pipeline is not None:
@@ -84,6 +84,21 @@ class Cache:
         if not sites:
             for block in blocks:
                 yield block.name, block.layer, "forward", self._block_handler(block, len(blocks))
+
+    def _readers(self) -> Iterator[Interceptor]:
+        """What tells the state what the blocks attend to, except inside of a block that is compiled."""
+        for block in self.structure.blocks if self.config.reads else ():
+            attention = block.sites(block.kind.attention)
+            if attention and "forward" not in vars(block.layer):
+                yield Interceptor(getattr(block.layer, attention[0].path), "forward", self._read_handler(block))
+
+    def _read_handler(self, block: Block) -> Callable:
+        def handle(original: Callable, args: tuple, kwargs: dict) -> Any:
+            if self._state is not None:
+                self._state.read(block, args[0] if args else next(iter(kwargs.values())))
+            return original(*args, **kwargs)
+
+        return handle
 
     def _block_handler(self, block: Block, count: int) -> Callable:
         names = _argument_names(block.layer, "forward")

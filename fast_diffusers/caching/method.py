@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -61,27 +61,6 @@ class BlockCall:
     def modulated(self) -> Tensor:
         """What the block's first attention reads, [B, L, C]; costs one norm."""
         return self.block.kind.modulated(self.block.layer, self.given)
-
-    def compute_and_read(self, keep: Callable[[Tensor], Tensor]) -> tuple[Streams, Tensor]:
-        """`compute`, and what `keep` makes of `modulated`: for the price of the first where the attention is known and
-        is called as a layer, which it is not in a compiled block.
-        """
-        read: list[Tensor] = []
-        attention = self.block.sites(self.block.kind.attention)
-        if not attention:
-            return self.compute(), keep(self.modulated())
-
-        def note(layer: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
-            if paddle.in_dynamic_mode():  # not while the block becomes a graph
-                read.append(keep(args[0] if args else next(iter(kwargs.values()))))
-
-        layer = getattr(self.block.layer, attention[0].path)
-        hook = layer.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            streams = self.compute()
-        finally:
-            hook.remove()
-        return streams, read[0] if read else keep(self.modulated())
 
 
 class SiteCall:
@@ -145,6 +124,9 @@ class BranchState:
         """What flows out of a block."""
         return call.compute()
 
+    def read(self, block: Block, value: Tensor) -> None:
+        """A block that is being computed attends to `value`, its `BlockCall.modulated`. See `CacheConfig.reads`."""
+
     def site(self, call: SiteCall) -> Any:
         """The result of a sublayer."""
         return call.compute()
@@ -154,11 +136,13 @@ class BranchState:
 class CacheConfig:
     """Base of the methods' settings; `state` is the class that acts on them.
 
-    `looks_inside`: blocks have to be layers, as the method calls or reads what is inside them.
+    `looks_inside`: blocks have to be layers, as the method calls or reads what is inside them. `reads`: the state is to
+    be told what a block attends to while it is computed, wherever that can be seen, which it cannot in a compiled one.
     """
 
     state: ClassVar[type[BranchState]]
     looks_inside: ClassVar[bool] = False
+    reads: ClassVar[bool] = False
 
     def check(self, structure: Structure) -> None:
         """UserError if the method cannot work with a model."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import ClassVar
 
-import paddle
 from paddle import Tensor
 
-from fast_diffusers.caching.families import Streams, Structure
+from fast_diffusers.caching.families import Block, Streams, Structure
 from fast_diffusers.caching.method import (
     BlockCall,
     BranchState,
@@ -23,26 +20,16 @@ from fast_diffusers.caching.method import (
     first_eighth,
     relative_change,
     residual,
+    to_host,
 )
 from fast_diffusers.caching.taylor import TaylorSeries
 from fast_diffusers.caching.teacache import AccumulatedChange, tea_polynomial, warn_of_raw_change
 from fast_diffusers.errors import UserError
-from fast_diffusers.models.layers import at_least_float32
 
 
 def own_eighth(x: Tensor) -> Tensor:
     """The first eighth of the channels of [B, L, C], detached, in memory of its own: a view would keep all of x."""
     return first_eighth(x).detach().contiguous()
-
-
-def relative_changes(values: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
-    """`relative_change` of each row of the tensors [n, ...], float32 [n]: few kernels, however many rows."""
-
-    def mean(x: Tensor) -> Tensor:
-        return x.abs().reshape([x.shape[0], -1]).mean(axis=1)
-
-    pairs = [(at_least_float32(x), at_least_float32(y)) for x, y in zip(values, before, strict=True)]
-    return [(mean(x - y) / mean(y)).astype("float32") for x, y in pairs]
 
 
 def detached(streams: Streams) -> Streams:
@@ -59,9 +46,9 @@ class TeaBlockCacheState(BranchState):
         self.governed = range(config.cache_start, len(structure.blocks))
         self.rules = {index: AccumulatedChange(config.threshold, coefficients) for index in self.governed}
         self.gate = AccumulatedChange(config.threshold, coefficients)
-        self.reads: list[Tensor] = []  # of the governed blocks so far in this step
-        self.before: list[Tensor] = []  # those of the last step in which blocks ran; blocks of one shape together
-        self.changes: list[Tensor] = []  # from the step before that to it, on the device, until the next decision
+        self.reads: dict[int, Tensor] = {}  # of the governed blocks so far in this step
+        self.before: dict[int, Tensor] = {}  # those of the last step in which blocks ran
+        self.changes: dict[int, Tensor] = {}  # from the step before that to it, on the device, until the next decision
         self.gate_read: Tensor | None = None
         self.flows: dict[int, tuple[Streams, Streams]] = {}  # in and out of blocks whose residual nobody has asked for
         self.residuals: dict[int, Streams] = {}
@@ -77,26 +64,30 @@ class TeaBlockCacheState(BranchState):
             return (self.final.predict(self.step.index), *call.streams[1:]) if call.is_last else call.streams
         index, inputs = call.block.index, call.streams
         if index in self.reused:
-            self.reads.append(own_eighth(call.modulated()))
             streams = add(inputs, self._residual(index))
-        elif index in self.governed:
-            streams, read = call.compute_and_read(own_eighth)
-            self.reads.append(read)
-            self.flows[index] = detached(inputs), detached(streams)
-            self.residuals.pop(index, None)
         else:
             streams = call.compute()
+            if index in self.governed:
+                self.flows[index] = detached(inputs), detached(streams)
+                self.residuals.pop(index, None)
+        if index in self.governed and index not in self.reads:
+            self.read(call.block, call.modulated())
         if call.is_last:
             self._measure()
             if self.config.taylor_order is not None:
                 self.final.update(self.step.index, streams[0])
         return streams
 
+    def read(self, block: Block, value: Tensor) -> None:
+        """See `BranchState`."""
+        if block.index in self.governed:
+            self.reads[block.index] = own_eighth(value)
+
     def _measure(self) -> None:
-        """All changes of a step at once: block by block they would take longer than all else that is done here."""
-        reads = [paddle.stack(list(alike)) for _, alike in groupby(self.reads, key=lambda x: x.shape)]
-        self.changes = relative_changes(reads, self.before) if self.before else []
-        self.before, self.reads = reads, []
+        """How far what was read in this step is from that of the step before."""
+        if self.before:
+            self.changes = {index: relative_change(x, self.before[index]) for index, x in self.reads.items()}
+        self.before, self.reads = self.reads, {}
 
     def _residual(self, index: int) -> Streams:
         """What a block added when it was last computed. Taken only here, as most of what is computed is never reused;
@@ -109,15 +100,15 @@ class TeaBlockCacheState(BranchState):
 
     def _decide(self, call: BlockCall) -> None:
         """All decisions of a step, from one transfer."""
-        known, gated = bool(self.changes), self.config.taylor_order is not None
-        parts, self.changes = self.changes, []
-        gate_before = self.gate_read
+        gated = self.config.taylor_order is not None
+        changes, self.changes = self.changes, {}
+        scalars, gate_before = list(changes.values()), self.gate_read
         if gated:
             self.gate_read = call.modulated().detach()
             if gate_before is not None:
-                parts = [*parts, relative_change(self.gate_read, gate_before).reshape([1])]
-        values = paddle.concat(parts).tolist() if parts else []
-        change = dict(zip(self.governed, values, strict=False)) if known else {}
+                scalars.append(relative_change(self.gate_read, gate_before))
+        values = to_host(scalars)
+        changes = dict(zip(changes, values, strict=False))
         inside = self.config.step_start <= self.step.noise_level <= self.config.step_end
         forced = self.count == 0 or not inside or self.step.is_last
         self.extrapolating = gated and self.gate.reuse(
@@ -128,7 +119,7 @@ class TeaBlockCacheState(BranchState):
         if self.extrapolating:
             return
         for index, rule in self.rules.items():
-            if rule.reuse(change.get(index, 0.0), forced or not known):
+            if rule.reuse(changes.get(index, 0.0), forced or not changes):
                 self.reused.add(index)
 
 
@@ -154,6 +145,7 @@ class TeaBlockCache(CacheConfig):
 
     state: ClassVar = TeaBlockCacheState
     looks_inside: ClassVar = True
+    reads: ClassVar = True
 
     threshold: float = 0.25
     coefficients: tuple[float, ...] | None = None
