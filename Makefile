@@ -1,15 +1,18 @@
-# `make demo` and `make test` do everything, from a checkout on. PYTHON is the interpreter for .venv, 3.11 or 3.12.
+# `make demo` and `make test` do everything, from a checkout on. PYTHON is the interpreter for .venv, 3.11 or 3.12;
+# PROCESSES is how many share the tests.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PROCESSES ?= 2
 
 .PHONY: demo test test-slow bench support lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fast_diffusers.cli demo
 
+# Every process has one thread; the tests of a file run in one of them.
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(PROCESSES) --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

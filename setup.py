@@ -59,7 +59,7 @@ setup(
         # Installs over the CPU wheel (both provide `paddle`); README.md, "GPU", says how to leave only one.
         "gpu": ["paddlepaddle-gpu==3.3.1"],
         "export": ["paddle2onnx==2.1.0", "onnxruntime>=1.20,<2", "openvino>=2025.0", "nncf>=2.16"],
-        "dev": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.12"],
+        "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
     entry_points={"console_scripts": ["fast-diffusers = fast_diffusers.cli:main"]},
 )
