@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import nn
+from ppdiffusers import DiffusionPipeline
 from safetensors.numpy import save_file
 
 from cinn_infer import engines, onnx_files, shapes, units
@@ -29,7 +30,7 @@ from fast_diffusers.errors import UserError
 from fast_diffusers.lora.layers import find_set
 from fast_diffusers.models.base import PretrainedModel
 from fast_diffusers.models.checkpoint_io import ADAPTER_NAMES, write_text
-from fast_diffusers.pipelines import QwenImagePipeline
+from fast_diffusers.pipelines import QwenImagePipeline, from_ppdiffusers
 from fast_diffusers.pipelines.base import Pipeline
 from fast_diffusers.pipelines.components import index_entry, save_component
 from fast_diffusers.random import Generator
@@ -73,7 +74,7 @@ class Recorded:
 
 
 def export(
-    pipe: Pipeline,
+    pipe: DiffusionPipeline,
     directory: str | PathLike,
     format: str = "paddle",
     calls: Sequence[Mapping[str, Any]] = ({},),
@@ -87,7 +88,8 @@ def export(
     that changes a size, are those of the calls. Running LoRA adapters are fused for the export.
 
     Args:
-        pipe: one of this package, in float32.
+        pipe: one of this package, or ppdiffusers' StableDiffusion3Pipeline, in float32. What `load` makes of the latter
+            is this package's; see `fast_diffusers.pipelines.from_ppdiffusers` for the defaults in which they differ.
         directory: a folder that is new, empty or an export, which is replaced.
         format: "paddle", for Paddle Inference; or "onnx", which adds ONNX files for ONNX Runtime and OpenVINO that
             have passed the onnx package's checker and, where ONNX Runtime is installed, the self-check in it. Models
@@ -102,6 +104,8 @@ def export(
         UserError: something that cannot be exported, is not installed, or a graph that differs from the model.
     """
     directory = Path(directory)
+    if not isinstance(pipe, Pipeline):
+        pipe = from_ppdiffusers(pipe)
     _check(pipe, directory, calls)
     _check_format(format)
     if granularity not in GRANULARITIES:
@@ -141,13 +145,8 @@ def _check_format(format: str) -> None:
         onnx_files.require()
 
 
-def _check(pipe: Any, directory: Path, calls: Sequence[Mapping[str, Any]]) -> None:
+def _check(pipe: Pipeline, directory: Path, calls: Sequence[Mapping[str, Any]]) -> None:
     """UserError for a pipeline, folder or calls that cannot be used."""
-    if not isinstance(pipe, Pipeline):
-        raise UserError(
-            f"export takes a pipeline of fast_diffusers, not a {type(pipe).__name__}: "
-            "for one of ppdiffusers, put its transformer and other parts into the pipeline of the same name here"
-        )
     if not calls:
         raise UserError("calls must hold the arguments of at least one call; {} stands for the defaults")
     if directory.exists() and (

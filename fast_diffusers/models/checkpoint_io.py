@@ -360,6 +360,8 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
 def _layout(folder: Path, layouts: Collection[str], tags: Collection[str | None]) -> str:
     """The layout that the metadata names among those that the file name allows."""
     named = {layout for layout, tag in FORMAT_TAGS.items() if tag in tags}
+    if not named and len(layouts) > 1 and "np" in tags:  # paddlenlp's, for its models in Paddle's layout
+        return "paddle"
     if not named:
         return "diffusers" if "diffusers" in layouts else layouts[0]
     if len(named) > 1 or not named <= set(layouts):

@@ -4,6 +4,7 @@ Sizes in shapes: B batch, L image tokens (patches), T text tokens, C inner chann
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import paddle
@@ -11,7 +12,9 @@ from paddle import nn
 from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.models.transformer_2d import Transformer2DModelOutput
 
+from fast_diffusers.errors import UserError
 from fast_diffusers.models.base import PretrainedModel
+from fast_diffusers.models.checkpoint_io import Checkpoint
 from fast_diffusers.models.flux import FluxConditioning
 from fast_diffusers.models.joint_attention import JointAttention, refuse_attention_kwargs
 from fast_diffusers.models.layers import (
@@ -90,6 +93,10 @@ class SelfAttention(nn.Layer):
         return self.to_out[0](attend(query, key, value))
 
 
+NORM_BIASES = ("norm_out.norm.bias", "norm1_context.norm.bias")
+"""What only ppdiffusers' transformer has."""
+
+
 class SD3TransformerBlock(nn.Layer):
     """Image and text have their own weights and meet in attention.
 
@@ -144,6 +151,17 @@ class SD3Transformer2DModel(PretrainedModel):
     """
 
     _supports_gradient_checkpointing = True
+
+    @classmethod
+    def _adapt_checkpoint(cls, checkpoint: Checkpoint) -> Checkpoint:
+        """ppdiffusers' model has biases in norms that are modulated right after; they are zero unless trained there."""
+        surplus = {name: stored for name, stored in checkpoint.tensors.items() if name.endswith(NORM_BIASES)}
+        if trained := [name for name, stored in surplus.items() if stored.floats().any()]:
+            raise UserError(
+                f"{checkpoint.folder} holds a model that was trained in ppdiffusers with biases that {cls.__name__} "
+                f"has not, {' and '.join(trained)}: load it with ppdiffusers, whose model runs here as well"
+            )
+        return replace(checkpoint, tensors={k: v for k, v in checkpoint.tensors.items() if k not in surplus})
 
     @register_to_config
     def __init__(

@@ -3,6 +3,7 @@
 from fast_diffusers.pipelines.base import Pipeline
 from fast_diffusers.pipelines.flux import FluxPipeline
 from fast_diffusers.pipelines.flux_label import FluxLabelPipeline
+from fast_diffusers.pipelines.from_ppdiffusers import from_ppdiffusers
 from fast_diffusers.pipelines.img2img import (
     FluxImg2ImgPipeline,
     QwenImageImg2ImgPipeline,
@@ -29,4 +30,5 @@ __all__ = [
     "StableDiffusion3Pipeline",
     "ZImageImg2ImgPipeline",
     "ZImagePipeline",
+    "from_ppdiffusers",
 ]

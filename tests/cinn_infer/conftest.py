@@ -30,7 +30,8 @@ def _module(*parts):
 
 tiny = _module("fast_diffusers", "pipelines", "conftest.py")
 caching = _module("fast_diffusers", "caching", "conftest.py")
-text_assets, sd3, qwen, z, qwen_tokenizer = tiny.text_assets, tiny.sd3, tiny.qwen, tiny.z, tiny.qwen_tokenizer
+text_assets, sd3, theirs = tiny.text_assets, tiny.sd3, tiny.theirs
+qwen, z, qwen_tokenizer = tiny.qwen, tiny.z, tiny.qwen_tokenizer
 
 SANA = dict(
     in_channels=4,

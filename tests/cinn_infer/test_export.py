@@ -95,6 +95,19 @@ assert not [name for name in sys.modules if name.split(".")[0] == "distill"]
     np.testing.assert_allclose(np.load(tmp_path / "images.npy"), images(loaded), atol=1e-6)
 
 
+def test_a_pipeline_of_ppdiffusers_is_exported_as_it_is(theirs, tmp_path):
+    """Prompts included; the levels and the number of T5 tokens are those that it takes by default."""
+    size = dict(height=32, width=32, guidance_scale=3.0)
+    cinn_infer.export(theirs, tmp_path / "sd3", calls=[size | {"max_sequence_length": 77}])
+    loaded = cinn_infer.load(tmp_path / "sd3", runtime="paddle")
+    loaded.set_progress_bar_config(disable=True)
+    paddle.seed(0)
+    call = dict(prompt="a cat on a mat", latents=paddle.randn([1, 4, 8, 8]), output_type="np", **size)
+    sigmas = np.linspace(1, theirs.scheduler.sigma_min, 2)
+    expected = theirs(num_inference_steps=2, **call).images
+    np.testing.assert_allclose(loaded(sigmas=sigmas, max_sequence_length=77, **call).images, expected, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def exports():
     """What `test_every_family` exported: (folder, images of the pipeline, class of the transformer), by family."""
@@ -255,7 +268,7 @@ def test_bad_requests(exported, student, tmp_path, monkeypatch):
         ((student, tmp_path / "x", "tflite"), "format must be one of paddle, onnx"),
         ((student, tmp_path / "x", "paddle", []), "calls must hold"),
         ((student, tmp_path / "x", "paddle", ({},), 1e-4, "loop"), "granularity must be one of model, block"),
-        ((student.transformer, tmp_path / "x"), "takes a pipeline of fast_diffusers"),
+        ((student.transformer, tmp_path / "x"), "expected a pipeline of fast_diffusers or ppdiffusers"),
     ]:
         with pytest.raises(UserError, match=message):
             cinn_infer.export(*arguments)

@@ -273,9 +273,7 @@ def test_layouts_must_be_unambiguous(tiny_flux, saved):
         FluxTransformer2DModel.from_pretrained(saved)
 
 
-@pytest.mark.parametrize(
-    "tag, layout", [("pt", "diffusers"), ("pd", "paddle"), (None, "diffusers"), ("np", "diffusers")]
-)
+@pytest.mark.parametrize("tag, layout", [("pt", "diffusers"), ("pd", "paddle"), (None, "diffusers"), ("np", "paddle")])
 def test_metadata_decides_where_names_do_not(tmp_path, tag, layout):
     save_file({"x": np.zeros([1], np.float32)}, tmp_path / "model.safetensors", tag and {"format": tag})
     assert find_checkpoint(tmp_path, {"paddle": "model", "diffusers": "model"}).layout == layout

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import paddle
+import ppdiffusers
 import pytest
+from ppdiffusers import transformers
+from ppdiffusers.models.transformer_sd3 import SD3Transformer2DModel as PPDiffusersSD3
 
 from fast_diffusers.models import (
     AutoencoderKL,
@@ -228,6 +231,43 @@ def sd3(text_assets):
             tokenizer_3=T5Tokenizer.from_pretrained(text_assets / "t5" / "tokenizer"),
         )
     )
+
+
+def with_weights(theirs, ours):
+    """A model of ppdiffusers with the weights of ours."""
+    theirs.set_state_dict(ours.state_dict())
+    theirs.eval()
+    return theirs
+
+
+def ppdiffusers_pipeline(pipe: StableDiffusion3Pipeline) -> ppdiffusers.StableDiffusion3Pipeline:
+    """ppdiffusers' own pipeline with the weights of ours, copied."""
+
+    def settings(model):
+        return {name: value for name, value in model.config.items() if not name.startswith("_")}
+
+    def clip(model):
+        config = transformers.CLIPTextConfig(**settings(model))
+        return with_weights(transformers.CLIPTextModelWithProjection(config), model)
+
+    t5, clip_words = pipe.text_encoder_3, str(TEXT / "clip" / "tokenizer")
+    parts = dict(
+        transformer=with_weights(PPDiffusersSD3(**SD3), pipe.transformer),
+        scheduler=ppdiffusers.FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.shift),
+        vae=with_weights(ppdiffusers.AutoencoderKL(**settings(pipe.vae)), pipe.vae),
+        text_encoder=clip(pipe.text_encoder),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(clip_words),
+        text_encoder_2=clip(pipe.text_encoder_2),
+        tokenizer_2=transformers.CLIPTokenizer.from_pretrained(clip_words),
+        text_encoder_3=with_weights(transformers.T5EncoderModel(transformers.T5Config(**settings(t5))), t5),
+        tokenizer_3=transformers.T5Tokenizer.from_pretrained(str(TEXT / "t5" / "tokenizer")),
+    )
+    return quiet(ppdiffusers.StableDiffusion3Pipeline(**parts))
+
+
+@pytest.fixture
+def theirs(sd3):
+    return ppdiffusers_pipeline(sd3)
 
 
 @pytest.fixture(scope="module")

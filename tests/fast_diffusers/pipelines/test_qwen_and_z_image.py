@@ -101,7 +101,7 @@ def test_images_to_latents_and_back(either):
     else:
         assert same(latents, (z - 0.1159) * 0.3611)
         decoded = either.vae.decode(z).sample
-    assert same(either.decode_latents(latents), decoded)
+    assert same(either.decode_latents(latents), decoded, 1e-4)  # scaling rounds, and these decoders amplify
 
 
 @pytest.mark.parametrize("layout", ["paddle", "diffusers"])
