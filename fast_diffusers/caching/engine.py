@@ -90,12 +90,13 @@ class Cache:
         for block in self.structure.blocks if self.config.reads else ():
             attention = block.sites(block.kind.attention)
             if attention and "forward" not in vars(block.layer):
-                yield Interceptor(getattr(block.layer, attention[0].path), "forward", self._read_handler(block))
+                handler = self._read_handler(block, attention[0])
+                yield Interceptor(getattr(block.layer, attention[0].path), "forward", handler)
 
-    def _read_handler(self, block: Block) -> Callable:
+    def _read_handler(self, block: Block, site: Site) -> Callable:
         def handle(original: Callable, args: tuple, kwargs: dict) -> Any:
             if self._state is not None:
-                self._state.read(block, args[0] if args else next(iter(kwargs.values())))
+                self._state.read(block, SiteCall(block, site, original, args, kwargs).first_input)
             return original(*args, **kwargs)
 
         return handle

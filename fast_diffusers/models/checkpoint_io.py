@@ -128,8 +128,9 @@ def find_checkpoint(folder: Path, stems: Mapping[str, str]) -> Checkpoint:
     """Locate the weights in `folder` and read their headers.
 
     `stems` maps a layout to the name of its files: "<stem>.safetensors" or "<stem>.safetensors.index.json" with shards.
-    Where both layouts have the same stem, the files' metadata decides, diffusers' layout if it is silent. Raises
-    UserError for no weights, weights in both layouts, an unreadable file, or a metadata tag that contradicts the name.
+    Where both layouts have the same stem, the files' metadata decides (paddlenlp's "np" is Paddle's layout), diffusers'
+    layout if it is silent. Raises UserError for no weights, weights in both layouts, an unreadable file, or a metadata
+    tag that contradicts the name.
     """
     found = {}
     for layout, stem in stems.items():
@@ -360,10 +361,9 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
 def _layout(folder: Path, layouts: Collection[str], tags: Collection[str | None]) -> str:
     """The layout that the metadata names among those that the file name allows."""
     named = {layout for layout, tag in FORMAT_TAGS.items() if tag in tags}
-    if not named and len(layouts) > 1 and "np" in tags:  # paddlenlp's, for its models in Paddle's layout
-        return "paddle"
     if not named:
-        return "diffusers" if "diffusers" in layouts else layouts[0]
+        usual = "paddle" if "np" in tags else "diffusers"  # paddlenlp writes "np" for its models in Paddle's layout
+        return usual if usual in layouts else layouts[0]
     if len(named) > 1 or not named <= set(layouts):
         raise UserError(
             f"the weights in {folder} are named as {' or '.join(layouts)} layout, "

@@ -152,17 +152,6 @@ class SD3Transformer2DModel(PretrainedModel):
 
     _supports_gradient_checkpointing = True
 
-    @classmethod
-    def _adapt_checkpoint(cls, checkpoint: Checkpoint) -> Checkpoint:
-        """ppdiffusers' model has biases in norms that are modulated right after; they are zero unless trained there."""
-        surplus = {name: stored for name, stored in checkpoint.tensors.items() if name.endswith(NORM_BIASES)}
-        if trained := [name for name, stored in surplus.items() if stored.floats().any()]:
-            raise UserError(
-                f"{checkpoint.folder} holds a model that was trained in ppdiffusers with biases that {cls.__name__} "
-                f"has not, {' and '.join(trained)}: load it with ppdiffusers, whose model runs here as well"
-            )
-        return replace(checkpoint, tensors={k: v for k, v in checkpoint.tensors.items() if k not in surplus})
-
     @register_to_config
     def __init__(
         self,
@@ -277,6 +266,17 @@ class SD3Transformer2DModel(PretrainedModel):
         )
         sample = self.project_out(image, temb, rows, columns)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    @classmethod
+    def _adapt_checkpoint(cls, checkpoint: Checkpoint) -> Checkpoint:
+        """ppdiffusers' model has biases in norms that are modulated right after; they are zero unless trained there."""
+        surplus = {name: stored for name, stored in checkpoint.tensors.items() if name.endswith(NORM_BIASES)}
+        if trained := [name for name, stored in surplus.items() if stored.floats().any()]:
+            raise UserError(
+                f"{checkpoint.folder} holds a model that was trained in ppdiffusers with biases that {cls.__name__} "
+                f"has not, {' and '.join(trained)}: load it with ppdiffusers, whose model runs here as well"
+            )
+        return replace(checkpoint, tensors={k: v for k, v in checkpoint.tensors.items() if k not in surplus})
 
     def _check_size(self, height: int, width: int) -> None:
         size, limit = self.patch_size, self.patch_size * self.pos_embed.max_size

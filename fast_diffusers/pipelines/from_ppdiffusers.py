@@ -8,7 +8,7 @@ from typing import Any
 
 import paddle
 from paddle import nn
-from ppdiffusers import SchedulerMixin
+from ppdiffusers import StableDiffusion3Pipeline as PPDiffusersPipeline
 
 from fast_diffusers.errors import UserError
 from fast_diffusers.models.base import PretrainedModel
@@ -24,11 +24,9 @@ def from_ppdiffusers(pipe: Any) -> StableDiffusion3Pipeline:
     before the shift, where this package ends at 1 / steps. With these arguments the images are the same.
 
     Raises:
-        UserError: another kind of pipeline, or a scheduler that this package has no like of.
+        UserError: another kind of pipeline, or a part that this package has no like of.
     """
-    from ppdiffusers import StableDiffusion3Pipeline as Theirs  # takes seconds, and whoever has one has imported it
-
-    if not isinstance(pipe, Theirs):
+    if not isinstance(pipe, PPDiffusersPipeline):
         raise UserError(
             f"expected a pipeline of fast_diffusers or ppdiffusers' StableDiffusion3Pipeline, got {type(pipe).__name__}"
         )
@@ -38,8 +36,8 @@ def from_ppdiffusers(pipe: Any) -> StableDiffusion3Pipeline:
 
 def _ours(part: Any, name: str, kind: Any) -> Any:
     """A component as one of the class that our pipeline wants under this name."""
-    if isinstance(part, SchedulerMixin):
-        return _scheduler(part)
+    if type(part).__name__ == FlowMatchEulerDiscreteScheduler.__name__:
+        return FlowMatchEulerDiscreteScheduler.from_config(part.config)
     if part is None or isinstance(part, kind):
         return part
     if type(part).__name__ != getattr(kind, "__name__", None):
@@ -51,12 +49,6 @@ def _ours(part: Any, name: str, kind: Any) -> Any:
         return kind.from_pretrained(folder)
 
 
-def _scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    if type(scheduler).__name__ != FlowMatchEulerDiscreteScheduler.__name__:
-        return scheduler
-    return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-
-
 def _model(theirs: nn.Layer, kind: type[PretrainedModel]) -> PretrainedModel:
     """A model of class `kind` whose parameters are those of ppdiffusers' model of the same names."""
     config = theirs.config if isinstance(theirs.config, Mapping) else theirs.config.to_dict()
@@ -64,7 +56,7 @@ def _model(theirs: nn.Layer, kind: type[PretrainedModel]) -> PretrainedModel:
         model = kind.from_config(dict(config))
     weights = theirs.state_dict()
     for path, layer in model.named_sublayers(include_self=True):
-        for name in list(layer._parameters):
+        for name, _ in list(layer.named_parameters(include_sublayers=False)):
             setattr(layer, name, weights[f"{path}.{name}" if path else name])
     model.eval()
     return model
